@@ -1,0 +1,161 @@
+"""Hyper-parameters of an Inf-DiT, read from the tensor shapes of a checkpoint.
+
+The released model never states its configuration; every number here follows from a shape under the
+release's key names (Inf-DiT, arXiv 2405.04312), so a model of any size loads without a config file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_ADALN = "mixins.adaln_layer."
+LR_SCALE = 4
+"""The low-resolution picture is the target divided by this."""
+_LR_PATCH = 2
+"""`proj_lr` makes one token of this many LR pixels in each direction."""
+
+
+@dataclass(frozen=True)
+class InfDiTConfig:
+    """Everything that fixes the network. Sizes of the released model in brackets."""
+
+    hidden_size: int
+    """Width of the residual stream [1280]."""
+    num_layers: int
+    """Transformer layers [28]."""
+    num_heads: int
+    """Attention heads [16]; the head size is `hidden_size / num_heads` [80]."""
+    patch_size: int
+    """Side in pixels of the square that becomes one token [4]."""
+    block_patches: int
+    """Side in patches of an attention block [32]."""
+    mlp_size: int
+    """Hidden width of the MLP [5120]."""
+    vector_size: int = 768
+    """Length of the CLIP embedding [768]; 0 for a model without `cond_embed`."""
+    time_features: int = 192
+    """Sine and cosine features of the noise level [192]."""
+    rope_wrap: int = 0
+    """Rotary positions are taken modulo this many patches; 0 for true positions.
+
+    The release wraps at 1024 patches (4096 px), which breaks the neighbourhood there. Below that
+    size both agree, so true positions are the default.
+    """
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def block_px(self) -> int:
+        """Side of a block in pixels [128]: picture sides must be multiples of it."""
+        return self.block_patches * self.patch_size
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block_patches**2
+
+    @property
+    def lr_block(self) -> int:
+        """Side in LR tokens of what one block covers [16]."""
+        return self.block_px // (LR_SCALE * _LR_PATCH)
+
+    @property
+    def lr_window(self) -> int:
+        """Side in LR tokens of the 3×3-block window that one block sees [48]."""
+        return 3 * self.lr_block
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the network needs, under the release's key names."""
+        h, d, heads, p = self.hidden_size, self.head_dim, self.num_heads, self.patch_size
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def linear(key: str, out_features: int, in_features: int) -> None:
+            shapes[f"{key}.weight"] = (out_features, in_features)
+            shapes[f"{key}.bias"] = (out_features,)
+
+        def norm(key: str, features: int) -> None:
+            shapes[f"{key}.weight"] = shapes[f"{key}.bias"] = (features,)
+
+        shapes["mixins.patch_embed.proj.weight"] = (h, 6, p, p)
+        shapes["mixins.patch_embed.proj.bias"] = (h,)
+        linear("time_embed.mlp.0", h, self.time_features)
+        linear("time_embed.mlp.2", h, h)
+        if self.vector_size:
+            linear("cond_embed.map_vector.0", h, self.vector_size)
+            linear("cond_embed.map_vector.2", h, h)
+        for n in range(self.num_layers):
+            layer = f"transformer.layers.{n}."
+            linear(layer + "attention.query_key_value", 3 * h, h)
+            linear(layer + "attention.dense", h, h)
+            linear(layer + "mlp.dense_h_to_4h", self.mlp_size, h)
+            linear(layer + "mlp.dense_4h_to_h", h, self.mlp_size)
+            linear(f"{_ADALN}adaLN_modulations.{n}.1", 4 * h, h)
+            norm(f"{_ADALN}q_layer_norm.{n}", d)
+        shapes[_ADALN + "re_pos_embed"] = (self.num_layers, 4, heads, d)
+        shapes[_ADALN + "proj_lr.weight"] = (h, 3, _LR_PATCH, _LR_PATCH)
+        shapes[_ADALN + "proj_lr.bias"] = (h,)
+        linear(_ADALN + "cross_attention.query", h, h)
+        linear(_ADALN + "cross_attention.key_value", 2 * h, h)
+        linear(_ADALN + "cross_attention.dense", h, h)
+        norm(_ADALN + "post_cross_attention_layernorm", h)
+        shapes[_ADALN + "lr_query_position_embedding"] = (1, self.block_tokens, heads, d)
+        shapes[_ADALN + "lr_key_position_embedding"] = (1, self.lr_window**2, heads, d)
+        norm(_ADALN + "cross_q_ln", d)
+        norm(_ADALN + "cross_k_ln", d)
+        linear("mixins.final_layer.adaLN_modulation.1", 2 * h, h)
+        linear("mixins.final_layer.linear", 3 * p * p, h)
+        return shapes
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> InfDiTConfig:
+        """Read the hyper-parameters from the shapes of a state dict with the release's keys.
+
+        Raises:
+            KeyError: a tensor that the sizes are read from is missing; the message is its key.
+            ValueError: the sizes contradict each other.
+        """
+        patch = _shape(shapes, "mixins.patch_embed.proj.weight", 4)
+        segments = _shape(shapes, _ADALN + "re_pos_embed", 4)
+        query_position = _shape(shapes, _ADALN + "lr_query_position_embedding", 4)
+        mlp = _shape(shapes, "transformer.layers.0.mlp.dense_h_to_4h.weight", 2)
+        time = _shape(shapes, "time_embed.mlp.0.weight", 2)
+        vector_key = "cond_embed.map_vector.0.weight"
+        config = cls(
+            hidden_size=patch[0],
+            num_layers=segments[0],
+            num_heads=segments[2],
+            patch_size=patch[2],
+            block_patches=math.isqrt(query_position[1]),
+            mlp_size=mlp[0],
+            vector_size=_shape(shapes, vector_key, 2)[1] if vector_key in shapes else 0,
+            time_features=time[1],
+        )
+        config.validate()
+        return config
+
+    def validate(self) -> None:
+        """Raise ValueError where the sizes cannot belong to one network."""
+        if min(self.hidden_size, self.num_layers, self.num_heads, self.patch_size) < 1:
+            raise ValueError(f"sizes must be positive, got {self}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads"
+            )
+        if self.head_dim % 4:
+            raise ValueError(f"head size {self.head_dim} is not a multiple of 4 (2-D rotary)")
+        if self.block_px < 1 or self.block_px % (LR_SCALE * _LR_PATCH):
+            raise ValueError(f"block of {self.block_px} px is not a multiple of 8 px")
+        if self.time_features % 2:
+            raise ValueError(f"{self.time_features} time features: must be even")
+
+
+def _shape(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
+    shape = tuple(shapes[key])
+    if len(shape) != ndim:
+        raise ValueError(f"{key} has shape {shape}, expected {ndim} dimensions")
+    return shape
