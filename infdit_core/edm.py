@@ -1,0 +1,59 @@
+"""EDM: preconditioning, noise levels and loss weight (Karras et al., arXiv 2206.00364).
+
+`sigma` is the standard deviation of the noise on a picture in [-1, 1] scale.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SIGMA_DATA = 0.5
+SIGMA_MIN = 0.002
+SIGMA_MAX = 40.0
+RHO = 7.0
+
+
+class Preconditioning(NamedTuple):
+    """Factors of `D(x; sigma) = c_out · F(c_in · x, c_noise) + c_skip · x`, each like sigma."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+def preconditioning(sigma: Tensor) -> Preconditioning:
+    """The EDM factors of Table 1 for noise levels of any shape."""
+    variance = sigma**2 + SIGMA_DATA**2
+    return Preconditioning(
+        c_skip=SIGMA_DATA**2 / variance,
+        c_out=sigma * SIGMA_DATA * variance.rsqrt(),
+        c_in=variance.rsqrt(),
+        c_noise=sigma.log() / 4,
+    )
+
+
+def edm_sigmas(
+    steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> Tensor:
+    """(steps + 1,) falling noise levels, the last one 0 (equation 5).
+
+    Raises:
+        ValueError: fewer than one step, or not 0 < sigma_min <= sigma_max.
+    """
+    if steps < 1:
+        raise ValueError(f"expected at least 1 step, got {steps}")
+    if not 0 < sigma_min <= sigma_max:
+        raise ValueError(f"expected 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = (high + ramp * (low - high)) ** rho
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+def loss_weight(sigma: Tensor) -> Tensor:
+    """The EDM weight of `|D - x0|²`: equal loss at every noise level at initialisation."""
+    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2

@@ -1,0 +1,120 @@
+"""The picture as a grid of blocks, the chunks that are computed at a time, and what lies between.
+
+A block attends to itself and to its left-top, left and top neighbours; at the edge of the picture
+the nearest block inside takes the missing one's place. Work therefore goes in chunks from the top
+left, and all that a later chunk needs of earlier ones is a `Frontier` of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Chunk(NamedTuple):
+    """A rectangle of blocks, ends exclusive."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def rows(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def columns(self) -> int:
+        return self.right - self.left
+
+    @property
+    def transposed(self) -> Chunk:
+        return Chunk(self.left, self.right, self.top, self.bottom)
+
+    def scaled(self, side: int) -> tuple[slice, slice]:
+        """Row and column slices of this chunk where a block is `side` long."""
+        return (
+            slice(self.top * side, self.bottom * side),
+            slice(self.left * side, self.right * side),
+        )
+
+
+class Grid(NamedTuple):
+    """Block rows and columns of a picture."""
+
+    rows: int
+    columns: int
+
+    @property
+    def whole(self) -> Chunk:
+        return Chunk(0, self.rows, 0, self.columns)
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether a wide picture is scanned column by column, for the shorter frontier."""
+        return self.columns > self.rows
+
+    @property
+    def shorter(self) -> int:
+        """Blocks along the shorter side, which the frontier spans."""
+        return min(self.rows, self.columns)
+
+    def chunks(self, depth: int, length: int) -> Iterator[Chunk]:
+        """Chunks in scanning order: `depth` blocks along the longer side, `length` across."""
+        longer = max(self.rows, self.columns)
+        for slow in range(0, longer, depth):
+            for fast in range(0, self.shorter, length):
+                chunk = Chunk(
+                    slow, min(slow + depth, longer), fast, min(fast + length, self.shorter)
+                )
+                yield chunk.transposed if self.by_columns else chunk
+
+
+class Frontier:
+    """Keys and values of one layer that chunks still to come will read.
+
+    Holds one line of blocks along the shorter side of the picture, the end of the last chunk, and
+    the one block diagonal to the next chunk. Tensors are (2, B, rows, columns, ...): keys, values.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._line: Tensor | None = None
+        self._end: Tensor | None = None
+        self._corner: Tensor | None = None
+
+    def exchange(self, bordered: Tensor, chunk: Chunk) -> None:
+        """Fill the border of a chunk's keys and values, and keep what later chunks need.
+
+        Args:
+            bordered: (2, B, rows + 1, columns + 1, ...) with the chunk itself at [1:, 1:]; the
+                border row and column are written here.
+            chunk: where that is; chunks come in the order of `Grid.chunks`.
+        """
+        length = self._grid.shorter
+        longer = max(self._grid)
+        if self._grid.by_columns:
+            bordered, chunk = bordered.transpose(2, 3), chunk.transposed
+
+        if chunk.top == 0:
+            bordered[:, :, 0, 1:] = bordered[:, :, 1, 1:]
+        else:
+            assert self._line is not None
+            bordered[:, :, 0, 1:] = self._line[:, :, chunk.left : chunk.right]
+        if chunk.left == 0:
+            bordered[:, :, :, 0] = bordered[:, :, :, 1]
+        else:
+            assert self._end is not None
+            bordered[:, :, 1:, 0] = self._end
+            bordered[:, :, 0, 0] = self._end[:, :, 0] if chunk.top == 0 else self._corner
+
+        if chunk.right < length:
+            self._end = bordered[:, :, 1:, -1].clone()
+            self._corner = bordered[:, :, 0, -1].clone()
+        if chunk.bottom < longer:
+            if self._line is None:
+                shape = list(bordered.shape)
+                self._line = bordered.new_empty(*shape[:2], length, *shape[4:])
+            self._line[:, :, chunk.left : chunk.right] = bordered[:, :, -1, 1:]

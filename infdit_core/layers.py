@@ -1,0 +1,196 @@
+"""The parts of the network. Tokens are kept block by block: (B, r, c, T, hidden) for r×c blocks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import Attend, block_attention
+from .config import InfDiTConfig
+from .grid import Chunk, Frontier
+from .rope import rotate
+
+EPS = 1e-6
+"""Epsilon of every LayerNorm of the network."""
+
+
+class Rotary(NamedTuple):
+    """Complex rotary factors of all patch rows and columns of a picture, (n, d/4) each."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, chunk: Chunk, side: int) -> Rotary:
+        """Those of a chunk of blocks of `side` patches: (r, side, d/4), (c, side, d/4)."""
+        rows, columns = chunk.scaled(side)
+        return Rotary(
+            self.rows[rows].unflatten(0, (chunk.rows, side)),
+            self.columns[columns].unflatten(0, (chunk.columns, side)),
+        )
+
+
+def normalize(x: Tensor) -> Tensor:
+    """LayerNorm without affine parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 + scale) + shift, with shift and scale (B, hidden) for tokens (B, r, c, T, hidden)."""
+    return torch.addcmul(_per_token(shift), x, 1 + _per_token(scale))
+
+
+def _per_token(x: Tensor) -> Tensor:
+    return x[:, None, None, None]
+
+
+def cast_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A bare parameter on the device and in the dtype that the computation runs in."""
+    return parameter.to(device=x.device, dtype=x.dtype)
+
+
+class MLPEmbedding(nn.Module):
+    """Linear, SiLU, Linear: the embedding of the noise level and of the CLIP vector."""
+
+    def __init__(self, features: int, hidden_size: int, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            ops.Linear(features, hidden_size, **factory),
+            nn.SiLU(),
+            ops.Linear(hidden_size, hidden_size, **factory),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+def time_features(c_noise: Tensor, features: int) -> Tensor:
+    """(B, features) cosines then sines of the noise level (B,), float32."""
+    half = features // 2
+    exponents = torch.arange(half, device=c_noise.device, dtype=torch.float32) / half
+    angles = c_noise.float()[:, None] * 10000.0**-exponents
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class BlockAttention(nn.Module):
+    """Self-attention of each block to itself and its left-top, left and top neighbours."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        h, d = config.hidden_size, config.head_dim
+        self.num_heads, self.side = config.num_heads, config.block_patches
+        self.qkv = ops.Linear(h, 3 * h, **factory)
+        self.qk_norm = ops.LayerNorm(d, eps=EPS, **factory)  # for queries and keys alike
+        self.segment_embed = nn.Parameter(torch.empty(4, config.num_heads, d, **factory))
+        self.dense = ops.Linear(h, h, **factory)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, frontier: Frontier, chunk: Chunk, attend: Attend
+    ) -> Tensor:
+        b, r, c, t, _ = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
+        bordered[0, :, 1:, 1:] = self._place(k, rotary)
+        bordered[1, :, 1:, 1:] = v.transpose(-3, -2)
+        q = self._place(q, rotary)
+        del k, v
+        frontier.exchange(bordered, chunk)
+        out = block_attention(q, bordered, cast_like(self.segment_embed, q), attend)
+        return self.dense(out.flatten(-2))
+
+    def _place(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Normalise and rotate queries or keys: (B, r, c, T, A, d) -> (B, r, c, A, T, d)."""
+        x = self.qk_norm(x).unflatten(3, (self.side, self.side))
+        return rotate(x, *rotary).flatten(3, 4).transpose(-3, -2)
+
+
+class LRCrossAttention(nn.Module):
+    """Attention of each block to the 3×3 blocks of the low-resolution picture around it."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        h, d, heads = config.hidden_size, config.head_dim, config.num_heads
+        self.num_heads, self.lr_block = heads, config.lr_block
+        self.query = ops.Linear(h, h, **factory)
+        self.key_value = ops.Linear(h, 2 * h, **factory)
+        self.query_norm = ops.LayerNorm(d, eps=EPS, **factory)
+        self.key_norm = ops.LayerNorm(d, eps=EPS, **factory)
+        self.query_position = nn.Parameter(torch.empty(1, config.block_tokens, heads, d, **factory))
+        self.key_position = nn.Parameter(torch.empty(1, config.lr_window**2, heads, d, **factory))
+        self.dense = ops.Linear(h, h, **factory)
+        self.output_norm = ops.LayerNorm(h, eps=EPS, **factory)  # of the MLP that follows
+
+    def keys_values(self, tokens: Tensor) -> Tensor:
+        """Keys and values of the LR tokens, once per token, with a border of one LR block.
+
+        Args:
+            tokens: (B, H/8, W/8, hidden).
+
+        Returns:
+            (2, B, H/8 + 2·lr_block, W/8 + 2·lr_block, A, d). Outside the picture tokens are zero,
+            so keys and values there are those of the biases.
+        """
+        border = self.lr_block
+        tokens = F.pad(tokens, (0, 0, border, border, border, border))
+        k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        return torch.stack([self.key_norm(k), v])
+
+    def forward(self, x: Tensor, lr_kv: Tensor, chunk: Chunk, attend: Attend) -> Tensor:
+        """(B, r, c, T, hidden) -> the same, one row of windows at a time."""
+        q = self.query_norm(self.query(x).unflatten(-1, (self.num_heads, -1)))
+        q = (q + cast_like(self.query_position, q)).transpose(-3, -2)
+        key_position = cast_like(self.key_position, q)
+        rows = []
+        for i in range(chunk.rows):
+            windows = self._windows(
+                lr_kv, chunk._replace(top=chunk.top + i, bottom=chunk.top + i + 1)
+            )
+            keys = (windows[0] + key_position).transpose(1, 2)
+            out = attend(q[:, i].flatten(0, 1), keys, windows[1].transpose(1, 2))
+            rows.append(out.unflatten(0, (x.shape[0], chunk.columns)).transpose(2, 3))
+        return self.dense(torch.stack(rows, dim=1).flatten(-2))
+
+    def _windows(self, lr_kv: Tensor, chunk: Chunk) -> Tensor:
+        """The 3×3-block windows of a chunk: (2, B·blocks, lr_window², A, d)."""
+        side = self.lr_block
+        halo = Chunk(chunk.top, chunk.bottom + 2, chunk.left, chunk.right + 2)
+        rows, columns = halo.scaled(side)
+        windows = lr_kv[:, :, rows, columns].unfold(2, 3 * side, side).unfold(3, 3 * side, side)
+        return windows.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(4, 5).flatten(1, 3)
+
+
+class MLP(nn.Module):
+    """Linear, tanh-approximated GELU, Linear."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.fc1 = ops.Linear(config.hidden_size, config.mlp_size, **factory)
+        self.fc2 = ops.Linear(config.mlp_size, config.hidden_size, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """One transformer layer: its modulation, block attention and MLP."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.modulation = ops.Linear(config.hidden_size, 4 * config.hidden_size, **factory)
+        self.attention = BlockAttention(config, factory, ops)
+        self.mlp = MLP(config, factory, ops)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to pixels: (B, r, c, T, hidden) -> (B, r, c, T, 3·patch²)."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.modulation = ops.Linear(config.hidden_size, 2 * config.hidden_size, **factory)
+        self.linear = ops.Linear(config.hidden_size, 3 * config.patch_size**2, **factory)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x = normalize(normalize(x))  # the transformer's own final norm, then this layer's
+        return self.linear(modulate(x, shift, scale))

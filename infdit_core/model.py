@@ -1,0 +1,266 @@
+"""Inf-DiT, the network and its denoiser D(x; sigma) (arXiv 2405.04312, as the release computes it).
+
+`InfDiT` owns the weights; `Evaluation` is one pass of them over one picture, cut into chunks of
+blocks, which a schedule puts in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import Attend, sdpa
+from .condition import Condition
+from .config import LR_SCALE, InfDiTConfig
+from .edm import preconditioning
+from .grid import Chunk, Frontier, Grid
+from .layers import (
+    FinalLayer,
+    Layer,
+    LRCrossAttention,
+    MLPEmbedding,
+    Rotary,
+    modulate,
+    normalize,
+    time_features,
+)
+from .rope import rotary_factors
+from .schedule import Full, Schedule
+
+Progress = Callable[[int, int], None]
+"""Called after every chunk of every layer with (cells done, cells in all); may raise to cancel."""
+
+
+class InfDiT(nn.Module):
+    """The diffusion transformer, in the dtype of its input.
+
+    Args:
+        config: the hyper-parameters.
+        dtype, device: of the parameters.
+        operations: where the layer classes come from: `torch.nn`, or one of ComfyUI's `comfy.ops`.
+        attend: the attention function.
+    """
+
+    def __init__(
+        self,
+        config: InfDiTConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any = nn,
+        attend: Attend = sdpa,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attend = attend
+        h, p = config.hidden_size, config.patch_size
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.patch_embed = operations.Conv2d(6, h, p, stride=p, **factory)
+        self.time_embed = MLPEmbedding(config.time_features, h, factory, operations)
+        self.vector_embed = (
+            MLPEmbedding(config.vector_size, h, factory, operations) if config.vector_size else None
+        )
+        self.lr_embed = operations.Conv2d(3, h, 2, stride=2, **factory)
+        self.cross_attention = LRCrossAttention(config, factory, operations)
+        self.layers = nn.ModuleList(
+            Layer(config, factory, operations) for _ in range(config.num_layers)
+        )
+        self.final = FinalLayer(config, factory, operations)
+
+    def grid(self, x: Tensor) -> Grid:
+        """The block grid of a picture (..., H, W) in pixels.
+
+        Raises:
+            ValueError: a side is not a positive multiple of the block side.
+        """
+        side = self.config.block_px
+        height, width = x.shape[-2:]
+        if height < 1 or width < 1 or height % side or width % side:
+            raise ValueError(
+                f"expected sides that are multiples of {side} px, got {height}×{width}"
+            )
+        return Grid(height // side, width // side)
+
+    def lr_keys_values(self, lr: Tensor) -> Tensor:
+        """Keys and values of the LR picture: they depend on nothing else, so make them once.
+
+        Args:
+            lr: (B, 3, H/4, W/4) in the dtype of the computation.
+
+        Returns:
+            see `LRCrossAttention.keys_values`.
+        """
+        return self.cross_attention.keys_values(rearrange(self.lr_embed(lr), "b h y x -> b y x h"))
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        schedule: Schedule | None = None,
+        *,
+        lr_kv: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """The raw network F.
+
+        Args:
+            x: (B, 3, H, W) the noisy picture times c_in.
+            sigma: (B,) noise levels.
+            cond: the condition; `cond.concat` is multiplied by c_in here.
+            schedule: the order of computation; `Full()` if None. The result does not depend on it.
+            lr_kv: `lr_keys_values(cond.lr)`, if they are at hand.
+            dtype: of the computation; that of x if None.
+            progress: called after every chunk of every layer.
+
+        Returns:
+            (B, 3, H, W) in the dtype of x.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        evaluation = Evaluation(self, x, sigma, cond, lr_kv, dtype or x.dtype)
+        schedule = schedule or Full()
+        if progress is not None:
+            evaluation.report(progress, schedule.cells(evaluation.grid, evaluation.num_layers))
+        schedule.run(evaluation)
+        return evaluation.result
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Condition,
+        schedule: Schedule | None = None,
+        *,
+        lr_kv: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
+
+        The network runs in the dtype of its parameters, preconditioning in that of x.
+        """
+        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in preconditioning(sigmas))
+        raw = self(
+            x * c_in,
+            sigmas,
+            cond,
+            schedule,
+            lr_kv=lr_kv,
+            dtype=self.final.linear.weight.dtype,
+            progress=progress,
+        )
+        return c_out * raw + c_skip * x
+
+
+class Evaluation:
+    """One evaluation of the network over one picture: what its cells share, and the cells."""
+
+    def __init__(
+        self,
+        net: InfDiT,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        lr_kv: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        _check(net.config, x, sigma, cond)
+        self.grid = net.grid(x)
+        self.num_layers = net.config.num_layers
+        self.device = x.device
+        self.result = torch.empty_like(x)
+        self._net, self._config = net, net.config
+        self._x, self._concat, self._dtype = x, cond.concat, dtype
+        factors = preconditioning(sigma.float())
+        self._c_in = factors.c_in[:, None, None, None]
+        self._lr_kv = net.lr_keys_values(cond.lr.to(dtype)) if lr_kv is None else lr_kv
+        self._rotary = Rotary(
+            *(
+                self._factors(count, start)
+                for count, start in zip(self.grid, cond.origin, strict=True)
+            )
+        )
+        embed = net.time_embed(time_features(factors.c_noise, self._config.time_features).to(dtype))
+        if net.vector_embed is not None and cond.vector is not None:
+            embed = embed + net.vector_embed(cond.vector.to(dtype))
+        embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
+        self._modulations = [layer.modulation(embed).chunk(4, dim=-1) for layer in net.layers]
+        self._final_modulation = net.final.modulation(embed).chunk(2, dim=-1)
+        self._progress: Progress | None = None
+        self._done = self._total = 0
+
+    def report(self, progress: Progress, total: int) -> None:
+        """Call `progress(done, total)` after every cell."""
+        self._progress, self._total = progress, total
+
+    def embed(self, chunk: Chunk) -> Tensor:
+        rows, columns = chunk.scaled(self._config.block_px)
+        x, c = self._x[..., rows, columns], self._concat[..., rows, columns]
+        tokens = self._net.patch_embed(torch.cat([x, c * self._c_in], dim=1).to(self._dtype))
+        return rearrange(
+            tokens, "b h (r y) (c x) -> b r c (y x) h", r=chunk.rows, c=chunk.columns
+        ).contiguous()
+
+    def layer(self, n: int, tokens: Tensor, chunk: Chunk, frontier: Frontier) -> Tensor:
+        net, layer = self._net, self._net.layers[n]
+        attn_shift, attn_scale, mlp_shift, mlp_scale = self._modulations[n]
+        rotary = self._rotary.of(chunk, self._config.block_patches)
+
+        attn_in = modulate(normalize(tokens), attn_shift, attn_scale)
+        tokens = tokens + layer.attention(attn_in, rotary, frontier, chunk, net.attend)
+        if n == 0:
+            cross = net.cross_attention
+            tokens = tokens + cross(normalize(tokens), self._lr_kv, chunk, net.attend)
+            mlp_in = cross.output_norm(tokens)
+        else:
+            mlp_in = normalize(tokens)
+        tokens = tokens + layer.mlp(modulate(mlp_in, mlp_shift, mlp_scale))
+
+        if self._progress is not None:
+            self._done += 1
+            self._progress(self._done, self._total)
+        return tokens
+
+    def write(self, tokens: Tensor, chunk: Chunk) -> None:
+        rows, columns = chunk.scaled(self._config.block_px)
+        self.result[..., rows, columns] = rearrange(
+            self._net.final(tokens, *self._final_modulation),
+            "b r c (y x) (p q ch) -> b ch (r y p) (c x q)",
+            y=self._config.block_patches,
+            p=self._config.patch_size,
+            ch=3,
+        )
+
+    def _factors(self, blocks: int, start: int) -> Tensor:
+        positions = start + torch.arange(blocks * self._config.block_patches, device=self.device)
+        if self._config.rope_wrap:
+            positions = positions % self._config.rope_wrap
+        return rotary_factors(positions, self._config.head_dim)
+
+
+def _check(config: InfDiTConfig, x: Tensor, sigma: Tensor, cond: Condition) -> None:
+    batch, _, height, width = x.shape
+    expected = {
+        "x": (x, (batch, 3, height, width)),
+        "sigma": (sigma, (batch,)),
+        "concat": (cond.concat, (batch, 3, height, width)),
+        "lr": (cond.lr, (batch, 3, height // LR_SCALE, width // LR_SCALE)),
+    }
+    if config.vector_size:
+        if cond.vector is None:
+            raise ValueError(
+                f"this model needs a CLIP embedding: expected vector {(batch, config.vector_size)},"
+                " got none"
+            )
+        expected["vector"] = (cond.vector, (batch, config.vector_size))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

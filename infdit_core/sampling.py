@@ -1,0 +1,114 @@
+"""Solvers of the EDM probability flow ODE (Karras et al., arXiv 2206.00364).
+
+Every solver has the signature `solver(denoise, x, sigmas, callback)`, where `denoise(x, sigma)`
+returns D(x; sigma), and reports each step through `callback` before it takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .condition import Condition
+from .model import InfDiT, Progress
+from .schedule import Schedule
+
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+class Step(NamedTuple):
+    """What a solver reports when it has denoised the picture of a step."""
+
+    index: int
+    """0 for the first step."""
+    total: int
+    sigma: float
+    x: Tensor
+    """(B, 3, H, W), the noisy picture of this step."""
+    denoised: Tensor
+    """(B, 3, H, W), D(x; sigma)."""
+
+
+Callback = Callable[[Step], None]
+Solver = Callable[[Denoise, Tensor, list[float], Callback], Tensor]
+
+
+def to_d(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
+    """dx/dsigma of the probability flow ODE."""
+    return (x - denoised) / sigma
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
+    """Euler's method: one evaluation a step."""
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        denoised = denoise(x, sigma)
+        callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
+        x = x + (following - sigma) * to_d(x, sigma, denoised)
+    return x
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
+    """Heun's method (algorithm 1): two evaluations a step, one for the last step to 0."""
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        denoised = denoise(x, sigma)
+        callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
+        d = to_d(x, sigma, denoised)
+        predicted = x + (following - sigma) * d
+        if following > 0:
+            d = (d + to_d(predicted, following, denoise(predicted, following))) / 2
+            predicted = x + (following - sigma) * d
+        x = predicted
+    return x
+
+
+SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler}
+
+
+@torch.no_grad()
+def sample(
+    model: InfDiT,
+    cond: Condition,
+    sigmas: Tensor,
+    *,
+    noise: Tensor,
+    solver: str = "heun",
+    schedule: Schedule | None = None,
+    callback: Callback | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Draw a picture: start from the LR picture plus noise and follow the ODE to sigma 0.
+
+    Args:
+        model: the network.
+        cond: the condition, on the model's device.
+        sigmas: (n + 1,) falling noise levels that end in 0, as from `edm_sigmas`.
+        noise: (B, 3, H, W) unit Gaussian.
+        solver: a name in `SOLVERS`.
+        schedule: the order of computation in the network.
+        callback: called with a `Step` once in every step; may raise to cancel.
+        progress: called after every chunk of every layer of an evaluation; may raise to cancel.
+
+    Returns:
+        (B, 3, H, W) float32, about [-1, 1], not clipped.
+
+    Raises:
+        ValueError: the solver is unknown, or the sigmas do not fall.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}, expected one of {', '.join(SOLVERS)}")
+    levels = [float(s) for s in sigmas]
+    if len(levels) < 2 or any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+        raise ValueError(f"expected at least two falling sigmas, got {levels}")
+    if levels[-1] < 0:
+        raise ValueError(f"expected sigmas of at least 0, got {levels[-1]}")
+    concat = cond.concat.float()
+    lr_kv = model.lr_keys_values(cond.lr.to(model.final.linear.weight.dtype))
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return model.denoise(x, sigma, cond, schedule, lr_kv=lr_kv, progress=progress)
+
+    x = concat + levels[0] * noise.to(concat)
+    return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))
