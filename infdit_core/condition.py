@@ -1,4 +1,4 @@
-"""What the denoiser is conditioned on: the low-resolution picture, twice, and its CLIP embedding."""
+"""What the denoiser is conditioned on: the low-resolution picture and its CLIP embedding."""
 
 from __future__ import annotations
 

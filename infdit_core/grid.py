@@ -81,9 +81,10 @@ class Frontier:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._line: Tensor | None = None
-        self._end: Tensor | None = None
-        self._corner: Tensor | None = None
+        # Written by the first chunk that has something below or beside it, before any is read.
+        self._line: Tensor
+        self._end: Tensor
+        self._corner: Tensor
 
     def exchange(self, bordered: Tensor, chunk: Chunk) -> None:
         """Fill the border of a chunk's keys and values, and keep what later chunks need.
@@ -101,12 +102,10 @@ class Frontier:
         if chunk.top == 0:
             bordered[:, :, 0, 1:] = bordered[:, :, 1, 1:]
         else:
-            assert self._line is not None
             bordered[:, :, 0, 1:] = self._line[:, :, chunk.left : chunk.right]
         if chunk.left == 0:
             bordered[:, :, :, 0] = bordered[:, :, :, 1]
         else:
-            assert self._end is not None
             bordered[:, :, 1:, 0] = self._end
             bordered[:, :, 0, 0] = self._end[:, :, 0] if chunk.top == 0 else self._corner
 
@@ -114,7 +113,7 @@ class Frontier:
             self._end = bordered[:, :, 1:, -1].clone()
             self._corner = bordered[:, :, 0, -1].clone()
         if chunk.bottom < longer:
-            if self._line is None:
+            if chunk.top == 0 and chunk.left == 0:
                 shape = list(bordered.shape)
                 self._line = bordered.new_empty(*shape[:2], length, *shape[4:])
             self._line[:, :, chunk.left : chunk.right] = bordered[:, :, -1, 1:]

@@ -7,7 +7,7 @@ blocks, which a schedule puts in order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -178,6 +178,7 @@ class Evaluation:
         self.device = x.device
         self.result = torch.empty_like(x)
         self._net, self._config = net, net.config
+        self._layers = cast("list[Layer]", net.layers)
         self._x, self._concat, self._dtype = x, cond.concat, dtype
         factors = preconditioning(sigma.float())
         self._c_in = factors.c_in[:, None, None, None]
@@ -192,7 +193,7 @@ class Evaluation:
         if net.vector_embed is not None and cond.vector is not None:
             embed = embed + net.vector_embed(cond.vector.to(dtype))
         embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
-        self._modulations = [layer.modulation(embed).chunk(4, dim=-1) for layer in net.layers]
+        self._modulations = [layer.modulation(embed).chunk(4, dim=-1) for layer in self._layers]
         self._final_modulation = net.final.modulation(embed).chunk(2, dim=-1)
         self._progress: Progress | None = None
         self._done = self._total = 0
@@ -210,7 +211,7 @@ class Evaluation:
         ).contiguous()
 
     def layer(self, n: int, tokens: Tensor, chunk: Chunk, frontier: Frontier) -> Tensor:
-        net, layer = self._net, self._net.layers[n]
+        net, layer = self._net, self._layers[n]
         attn_shift, attn_scale, mlp_shift, mlp_scale = self._modulations[n]
         rotary = self._rotary.of(chunk, self._config.block_patches)
 

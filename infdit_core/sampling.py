@@ -7,6 +7,7 @@ returns D(x; sigma), and reports each step through `callback` before it takes it
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ def to_d(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
 
 def euler(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
     """Euler's method: one evaluation a step."""
-    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
         x = x + (following - sigma) * to_d(x, sigma, denoised)
@@ -52,7 +53,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) 
 
 def heun(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
     """Heun's method (algorithm 1): two evaluations a step, one for the last step to 0."""
-    for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
         d = to_d(x, sigma, denoised)
@@ -100,7 +101,7 @@ def sample(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}, expected one of {', '.join(SOLVERS)}")
     levels = [float(s) for s in sigmas]
-    if len(levels) < 2 or any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+    if len(levels) < 2 or not all(b < a for a, b in pairwise(levels)):
         raise ValueError(f"expected at least two falling sigmas, got {levels}")
     if levels[-1] < 0:
         raise ValueError(f"expected sigmas of at least 0, got {levels[-1]}")

@@ -1,0 +1,19 @@
+"""What ComfyUI sees: one file per family of nodes. Only this package imports comfy.*"""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .guidance import InfDiTGuidance
+from .loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
+from .sampler import InfDiTConditioning, InfDiTDecode, InfDiTSampler
+
+
+class InfDiTExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            InfDiTCheckpointLoader,
+            InfDiTCLIPLoader,
+            InfDiTGuidance,
+            InfDiTSampler,
+            InfDiTConditioning,
+            InfDiTDecode,
+        ]

@@ -1,0 +1,79 @@
+"""CLIP guidance: what the upscaler is told about the picture."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..infdit_core.guidance import GuidanceError
+from .clip import PatchedClip
+from .types import CATEGORY, Clip, Guidance, require_image
+
+
+class InfDiTGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfDiTGuidance",
+            display_name="Inf-DiT CLIP Guidance",
+            category=CATEGORY,
+            description="Describes the picture to the upscaler by its CLIP embedding, moved"
+            " towards one text and away from another.",
+            inputs=[
+                Clip.Input(
+                    "clip",
+                    tooltip="From Load Inf-DiT Checkpoint, or from Load Inf-DiT CLIP for text.",
+                ),
+                io.Image.Input("image", tooltip="The picture that is to be upscaled."),
+                io.String.Input(
+                    "positive",
+                    default="HD, high resolution, clear.",
+                    multiline=True,
+                    tooltip="The result is moved towards this text. Needs the text tower.",
+                ),
+                io.String.Input(
+                    "negative",
+                    default="noisy,blurry,low resolution.",
+                    multiline=True,
+                    tooltip="The result is moved away from this text. Needs the text tower.",
+                ),
+                io.Float.Input(
+                    "text_strength",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="Weight of the texts against the picture: 0 leaves them out, 2 is the"
+                    " paper's choice. Above 0 a whole open_clip file is needed, because the"
+                    " released model comes without a text tower.",
+                ),
+            ],
+            outputs=[
+                Guidance.Output(
+                    display_name="INFDIT_GUIDANCE",
+                    tooltip="One embedding for each picture, for Inf-DiT Upscale.",
+                ),
+            ],
+            search_aliases=["inf-dit", "infdit", "clip vision encode", "prompt"],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip: PatchedClip | None,
+        image: torch.Tensor,
+        positive: str,
+        negative: str,
+        text_strength: float,
+    ) -> io.NodeOutput:
+        node = "Inf-DiT CLIP Guidance"
+        require_image(node, image)
+        if clip is None:
+            raise ValueError(
+                f"{node}: expected a CLIP tower; the model file has none."
+                " Connect Load Inf-DiT CLIP instead."
+            )
+        try:
+            return io.NodeOutput(clip.vector(image, positive, negative, text_strength))
+        except GuidanceError as error:
+            raise ValueError(f"{node}: {error}") from error

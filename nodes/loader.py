@@ -1,0 +1,122 @@
+"""Loading Inf-DiT models and CLIP towers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..infdit_core.checkpoint import CheckpointError, clip_state_dict, open_checkpoint
+from ..infdit_core.guidance import GuidanceError, read_clip
+from .clip import PatchedClip
+from .comfy_model import CLIP_ATTACHMENT, load_patcher
+from .types import CATEGORY, Clip
+
+_FOLDER = "infdit"
+_EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+_BUNDLED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
+_CLIP_FOLDERS = ("clip_vision", "text_encoders", _FOLDER)
+_DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+folder_paths.add_model_folder_path(
+    _FOLDER, os.path.join(folder_paths.models_dir, _FOLDER), is_default=True
+)
+folder_paths.add_model_folder_path(_FOLDER, _BUNDLED)
+folder_paths.folder_names_and_paths[_FOLDER][1].update(_EXTENSIONS)
+
+
+class InfDiTCheckpointLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfDiTCheckpointLoader",
+            display_name="Load Inf-DiT Checkpoint",
+            category=CATEGORY,
+            description="Loads an Inf-DiT upscaling model, and the CLIP tower if the file has one.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(_FOLDER),
+                    tooltip="A model file from models/infdit, as .safetensors or the release's"
+                    " .pt. The small model that comes with this pack is in the list.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(_DTYPES),
+                    default="default",
+                    tooltip="Number format of the weights. Default takes that of the file where"
+                    " the device supports it; fp32 is exact and needs twice the memory of bf16.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The upscaling model, for Inf-DiT Upscale or KSampler."),
+                Clip.Output(
+                    display_name="INFDIT_CLIP",
+                    tooltip="The CLIP tower that came in the file, for Inf-DiT CLIP Guidance.",
+                ),
+            ],
+            search_aliases=["inf-dit", "infdit", "load upscaler", "upscale model"],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+        with _named_errors("Load Inf-DiT Checkpoint"), open_checkpoint(path) as checkpoint:
+            model = load_patcher(checkpoint, _DTYPES[weight_dtype])
+            tower = clip_state_dict(checkpoint)
+            clip = PatchedClip(tower) if tower is not None else None
+        model.set_attachments(CLIP_ATTACHMENT, clip)
+        return io.NodeOutput(model, clip)
+
+
+class InfDiTCLIPLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = {
+            name for folder in _CLIP_FOLDERS for name in folder_paths.get_filename_list(folder)
+        }
+        return io.Schema(
+            node_id="InfDiTCLIPLoader",
+            display_name="Load Inf-DiT CLIP",
+            category=CATEGORY,
+            description="Loads open_clip ViT-L-14 (datacomp_xl_s13b_b90k), for models that came"
+            " without a CLIP tower, and for guidance by text.",
+            inputs=[
+                io.Combo.Input(
+                    "clip_name",
+                    options=sorted(names),
+                    tooltip="A whole open_clip ViT-L-14 file with the datacomp_xl_s13b_b90k"
+                    " weights, from models/clip_vision, models/text_encoders or models/infdit."
+                    " Other CLIP models give other embeddings and worse pictures.",
+                ),
+            ],
+            outputs=[
+                Clip.Output(
+                    display_name="INFDIT_CLIP",
+                    tooltip="The image tower, and the text tower where the file has one.",
+                ),
+            ],
+            search_aliases=["inf-dit", "infdit", "clip vision", "datacomp"],
+        )
+
+    @classmethod
+    def execute(cls, clip_name: str) -> io.NodeOutput:
+        folder = next(
+            (f for f in _CLIP_FOLDERS if folder_paths.get_full_path(f, clip_name)), _FOLDER
+        )
+        path = folder_paths.get_full_path_or_raise(folder, clip_name)
+        with _named_errors("Load Inf-DiT CLIP"):
+            return io.NodeOutput(PatchedClip(read_clip(path)))
+
+
+@contextmanager
+def _named_errors(node: str) -> Iterator[None]:
+    """Put the node's name before what is wrong with the user's file."""
+    try:
+        yield
+    except (CheckpointError, GuidanceError) as error:
+        raise ValueError(f"{node}: {error}") from error

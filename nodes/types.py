@@ -1,0 +1,23 @@
+"""The pack's own socket types, and what its nodes share in talking to users."""
+
+import torch
+from comfy_api.latest import io
+
+CATEGORY = "image/upscaling/Inf-DiT"
+
+Clip = io.Custom("INFDIT_CLIP")
+"""A `clip.PatchedClip`: a CLIP tower under ComfyUI's memory management."""
+Guidance = io.Custom("INFDIT_GUIDANCE")
+"""(B, vector_size) float32 CLIP embeddings."""
+CanvasType = io.Custom("INFDIT_CANVAS")
+"""An `infdit_core.Canvas`: where the picture lies on the padded target."""
+
+
+def require_image(node: str, image: torch.Tensor) -> None:
+    """Raise ValueError unless `image` is (B, H, W, C) with something in it."""
+    shape = tuple(image.shape)
+    if image.ndim != 4 or min(shape) < 1 or shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{node}: expected an image of shape (batch, height, width, 1, 3 or 4 channels);"
+            f" got {shape}"
+        )

@@ -1,0 +1,91 @@
+"""Noise levels and solvers."""
+
+import pytest
+import torch
+
+from infdit_core.edm import edm_sigmas, loss_weight, preconditioning
+from infdit_core.sampling import SOLVERS, sample
+from infdit_core.schedule import BlockMajor
+from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
+
+
+@pytest.mark.parametrize("name", golden_names("*/c_sampler_*.safetensors"))
+def test_the_sampler_equals_the_release(name):
+    tensors = golden(name)
+    steps = []
+    x = sample(
+        golden_model(name.split("/")[0]),
+        golden_condition(tensors),
+        tensors["sigmas"],
+        noise=tensors["noise"],
+        callback=steps.append,
+    )
+    torch.testing.assert_close(x, tensors["final"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(steps[0].x, tensors["x_init"])
+    torch.testing.assert_close(steps[0].denoised, tensors["denoised_first"], atol=1e-5, rtol=0)
+    assert [s.index for s in steps] == list(range(len(tensors["sigmas"]) - 1))
+
+
+@pytest.mark.parametrize("name", golden_names("*/c_sampler_*.safetensors"))
+def test_sigmas_equal_the_release(name):
+    expected = golden(name)["sigmas"]
+    torch.testing.assert_close(edm_sigmas(len(expected) - 1), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_preconditioning_is_that_of_the_paper():
+    sigma = torch.tensor([0.002, 0.5, 40.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = preconditioning(sigma)
+    torch.testing.assert_close(c_skip, 0.25 / (sigma**2 + 0.25))
+    torch.testing.assert_close(c_out, 0.5 * sigma / (sigma**2 + 0.25).sqrt())
+    torch.testing.assert_close(c_in, 1 / (sigma**2 + 0.25).sqrt())
+    torch.testing.assert_close(c_noise, sigma.log() / 4)
+    torch.testing.assert_close(loss_weight(sigma), 1 / c_out**2)
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_solvers_reach_the_exact_solution_of_a_gaussian(solver, monkeypatch):
+    """For data N(0, s²) the flow is x(sigma) = x0 · sqrt(s² + sigma²) / sqrt(s² + sigma0²)."""
+    variance = 0.3**2
+
+    def denoise(x, sigma):
+        return x * variance / (variance + sigma**2)
+
+    sigmas = [float(s) for s in edm_sigmas(200)]
+    x = torch.tensor([3.0, -20.0])
+    exact = x * (variance / (variance + sigmas[0] ** 2)) ** 0.5
+    result = SOLVERS[solver](denoise, x, sigmas, lambda step: None)
+    tolerance = {"euler": 3e-2}.get(solver, 1e-3)
+    torch.testing.assert_close(result, exact, rtol=tolerance, atol=0)
+
+
+def test_the_schedule_does_not_change_the_picture():
+    model = golden_model("xs")
+    noise, cond = random_condition(model, 2, 3)
+    a = sample(model, cond, edm_sigmas(3), noise=noise)
+    b = sample(model, cond, edm_sigmas(3), noise=noise, schedule=BlockMajor(1))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [([1.0, 2.0], "falling"), ([1.0], "at least two"), ([1.0, 1.0, 0.0], "falling"),
+     ([1.0, -1.0], "at least 0"), ([float("nan"), 0.0], "falling")],
+)  # fmt: skip
+def test_bad_sigmas_are_refused(sigmas, message):
+    model = golden_model("xs")
+    noise, cond = random_condition(model, 1, 1)
+    with pytest.raises(ValueError, match=message):
+        sample(model, cond, torch.tensor(sigmas), noise=noise)
+
+
+def test_an_unknown_solver_is_refused():
+    model = golden_model("xs")
+    noise, cond = random_condition(model, 1, 1)
+    with pytest.raises(ValueError, match="expected one of heun"):
+        sample(model, cond, edm_sigmas(2), noise=noise, solver="magic")
+
+
+@pytest.mark.parametrize("arguments", [(0,), (5, 0.0), (5, 2.0, 1.0)])
+def test_bad_noise_levels_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        edm_sigmas(*arguments)

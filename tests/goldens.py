@@ -1,0 +1,60 @@
+"""Tensors recorded by running the authors' release with tiny random weights.
+
+`tests/golden` holds what a clone needs; where the full recording lies beside the checkout
+(`../shared/golden`), its further cases are tested too.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from infdit_core.checkpoint import network_state_dict, open_checkpoint, read_config
+from infdit_core.condition import Condition
+from infdit_core.model import InfDiT
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared" / "golden"
+
+
+def golden_path(name: str) -> Path:
+    """The copy in the repository if there is one, else that beside it."""
+    return GOLDEN / name if (GOLDEN / name).exists() else SHARED / name
+
+
+def golden_names(pattern: str) -> list[str]:
+    """Names of the recorded files that match, such as "xs/a_full_2x3.safetensors"."""
+    return sorted(
+        {str(p.relative_to(root)) for root in (GOLDEN, SHARED) for p in root.glob(pattern)}
+    )
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    return load_file(golden_path(name))
+
+
+def golden_model(name: str, dtype=torch.float32, **config) -> InfDiT:
+    """The tiny network of "xs" or "s", with changes to its configuration."""
+    with open_checkpoint(golden_path(f"{name}/mp_rank_00_model_states.pt")) as checkpoint:
+        found = read_config(checkpoint)
+        model = InfDiT(replace(found, **config), device="meta")
+        tensors = {k: v.to(dtype) for k, v in network_state_dict(checkpoint, found).items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False)
+
+
+def golden_condition(tensors: dict[str, torch.Tensor]) -> Condition:
+    return Condition(tensors["concat_lr_imgs"], tensors["lr_imgs"], tensors["vector"])
+
+
+def random_condition(model: InfDiT, rows: int, columns: int, batch: int = 1, seed: int = 0):
+    """A noisy picture of rows×columns blocks and its condition."""
+    generator = torch.Generator().manual_seed(seed)
+    h, w = rows * model.config.block_px, columns * model.config.block_px
+    cond = Condition(
+        torch.rand(batch, 3, h, w, generator=generator) * 2 - 1,
+        torch.rand(batch, 3, h // 4, w // 4, generator=generator) * 2 - 1,
+        torch.randn(batch, model.config.vector_size, generator=generator),
+    )
+    return torch.randn(batch, 3, h, w, generator=generator), cond
