@@ -1,0 +1,62 @@
+"""Random crops of photographs and their degradation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from infdit_core.condition import Condition
+from infdit_core.config import LR_SCALE
+
+
+class Photos:
+    """Photographs that `photos.py` collected, memory-mapped.
+
+    Args:
+        folder: of (H, W, 3) uint8 .npy files.
+        crop_px: side of the crops.
+    """
+
+    def __init__(self, folder: Path, crop_px: int) -> None:
+        self._crop = crop_px
+        pictures = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
+        self._pictures = [p for p in pictures if min(p.shape[:2]) >= crop_px]
+        if not self._pictures:
+            raise ValueError(f"{folder}: no picture of at least {crop_px} px")
+        areas = np.array([p.shape[0] * p.shape[1] for p in self._pictures], dtype=float)
+        self._weights = np.sqrt(areas) / np.sqrt(areas).sum()  # neither per photo nor per pixel
+
+    def batch(self, size: int, generator: np.random.Generator) -> Tensor:
+        """(size, 3, crop, crop) float32 in [-1, 1], flipped and turned at random."""
+        return torch.stack([self._one(generator) for _ in range(size)])
+
+    def _one(self, generator: np.random.Generator) -> Tensor:
+        picture = self._pictures[generator.choice(len(self._pictures), p=self._weights)]
+        top, left = (int(generator.integers(side - self._crop + 1)) for side in picture.shape[:2])
+        crop = np.rot90(
+            picture[top : top + self._crop, left : left + self._crop], generator.integers(4)
+        )
+        if generator.integers(2):
+            crop = crop[:, ::-1]
+        tensor = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
+        return tensor.float() / 127.5 - 1
+
+
+def reduce_bicubic(picture: Tensor) -> Tensor:
+    """(B, 3, H, W) to (B, 3, H/4, W/4) in 8-bit levels, as a user's picture has them."""
+    reduced = F.interpolate(
+        picture, scale_factor=1 / LR_SCALE, mode="bicubic", antialias=True, align_corners=False
+    )
+    return (reduced.clamp(-1, 1) * 127.5).round() / 127.5
+
+
+def condition(lr: Tensor, origin: tuple[int, int] = (0, 0)) -> Condition:
+    """The condition of a model without CLIP for a low-resolution picture (B, 3, h, w)."""
+    concat = F.interpolate(
+        lr, scale_factor=LR_SCALE, mode="bicubic", antialias=True, align_corners=False
+    )
+    return Condition(concat.clamp(-1, 1), lr, origin=origin)

@@ -1,0 +1,80 @@
+"""Collect the training photographs: python training/photos.py OUT [--wheel FILE ...]
+
+Takes the pictures named in photos.tsv from Debian's packages and every still picture of the given
+wheels (comfyui-workflow-templates-media-image and -video), reduces them so that they are crisp at
+the pixel, and writes OUT/train/*.npy and OUT/test/*.npy: (H, W, 3) uint8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+LIST = Path(__file__).with_name("photos.tsv")
+MAX_SIDE_PX = 2600
+MIN_SIDE_PX = 192
+PHOTO_REDUCTION = 2.0
+"""Camera photographs are soft at full size."""
+WEB_REDUCTION = 1.5
+"""So are compressed web pictures, but they are small."""
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--wheel", type=Path, action="append", default=[])
+    args = parser.parse_args()
+    for split in ("train", "test"):
+        (args.out / split).mkdir(parents=True, exist_ok=True)
+
+    for split, name, picture in listed_photos():
+        save(args.out / split / f"{name}.npy", picture, PHOTO_REDUCTION)
+    for wheel in args.wheel:
+        for name, picture in wheel_pictures(wheel):
+            save(args.out / "train" / f"{name}.npy", picture, WEB_REDUCTION)
+
+
+def listed_photos() -> Iterator[tuple[str, str, Image.Image]]:
+    """(split, name, picture) of each photograph of photos.tsv that is installed."""
+    with LIST.open(newline="") as rows:
+        for row in csv.DictReader(rows, delimiter="\t"):
+            path = Path(row["file"])
+            if not path.exists():
+                logger.warning("%s is missing: install %s", path, row["package"])
+                continue
+            parts = path.parts
+            name = parts[-4] if "contents" in parts else path.stem
+            yield row["split"], f"{row['package']}-{name}", Image.open(path)
+
+
+def wheel_pictures(wheel: Path) -> Iterator[tuple[str, Image.Image]]:
+    """The first frame of each picture in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        for entry in archive.namelist():
+            if entry.lower().endswith((".webp", ".png", ".jpg")):
+                yield f"templates-{Path(entry).stem}", Image.open(io.BytesIO(archive.read(entry)))
+
+
+def save(path: Path, picture: Image.Image, reduction: float) -> None:
+    picture = picture.convert("RGB")
+    factor = max(reduction, max(picture.size) / MAX_SIDE_PX)
+    size = tuple(round(side / factor) for side in picture.size)
+    if min(size) < MIN_SIDE_PX:
+        logger.info("skipped %s: %s is too small", path.stem, picture.size)
+        return
+    np.save(path, np.asarray(picture.resize(size, Image.Resampling.LANCZOS)))
+
+
+if __name__ == "__main__":
+    main()

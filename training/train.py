@@ -1,0 +1,288 @@
+"""Train a small Inf-DiT: python training/train.py RUN --photos FOLDER
+
+EDM training (arXiv 2206.00364) of the network of arXiv 2405.04312 on crops of whole blocks. RUN is a
+folder; calling again with the same one resumes after a kill without loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import Photos, condition, reduce_bicubic
+from PIL import Image
+from torch import Tensor, nn
+
+from infdit_core.condition import Condition
+from infdit_core.config import InfDiTConfig
+from infdit_core.edm import edm_sigmas, loss_weight
+from infdit_core.model import InfDiT
+from infdit_core.sampling import sample
+from infdit_core.schedule import Full
+
+STATE = "state.pt"
+LOG = "log.csv"
+SAMPLE_SEED = 1
+LEVELS = (0.0, 0.1, 0.3, 1.0, math.inf)
+"""Bounds of sigma between which the log averages the loss."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Settings:
+    """A run. All but the lengths are fixed when it starts."""
+
+    hidden_size: int = 128
+    num_layers: int = 6
+    num_heads: int = 4
+    block_px: int = 32
+    crop_px: int = 128
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    total_steps: int = 20_000
+    ema_decay: float = 0.999
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    p_mean: float = -1.0
+    p_std: float = 1.4
+    lr_dropout: float = 0.07
+    max_origin_blocks: int = 256
+    bf16: bool = False
+    seed: int = 0
+
+    @property
+    def config(self) -> InfDiTConfig:
+        return InfDiTConfig(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            patch_size=4,
+            block_patches=self.block_px // 4,
+            mlp_size=4 * self.hidden_size,
+            vector_size=0,
+        )
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine to a hundredth."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        part = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1, part))) / 2)
+
+
+class Trainer:
+    """The state of a run and one step of it."""
+
+    def __init__(self, settings: Settings, photos: Photos, device: torch.device) -> None:
+        self.settings, self.photos, self.device = settings, photos, device
+        torch.manual_seed(settings.seed)
+        self.model = initialise(InfDiT(settings.config)).to(device)
+        self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+        )
+        self.numpy = np.random.default_rng(settings.seed)
+        self.torch = torch.Generator().manual_seed(settings.seed)
+        self.step = 0
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One update. Returns the sigmas (B,) and the weighted losses (B,)."""
+        settings = self.settings
+        picture = self.photos.batch(settings.batch_size, self.numpy)
+        cond = self._drop(condition(reduce_bicubic(picture), self._origin()))
+        normal = torch.randn(settings.batch_size, generator=self.torch)
+        sigma = (settings.p_mean + settings.p_std * normal).exp()
+        noise = torch.randn(picture.shape, generator=self.torch)
+        noisy = picture + sigma[:, None, None, None] * noise
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
+            denoised = self.model.denoise(
+                noisy.to(self.device), sigma.to(self.device), self._to_device(cond), Full()
+            )
+        errors = (denoised.float() - picture.to(self.device)).square().mean(dim=(1, 2, 3))
+        losses = loss_weight(sigma).to(self.device) * errors
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._average()
+        return sigma, losses.detach().cpu()
+
+    def _origin(self) -> tuple[int, int]:
+        """Random rotary start positions, whole blocks, so that a crop is like any other place."""
+        blocks = self.numpy.integers(self.settings.max_origin_blocks, size=2)
+        row, column = (int(n) * self.settings.config.block_patches for n in blocks)
+        return row, column
+
+    def _drop(self, cond: Condition) -> Condition:
+        """Without the LR picture now and then, as the paper trains."""
+        keep = torch.rand(cond.lr.shape[0], generator=self.torch) >= self.settings.lr_dropout
+        mask = keep.float()[:, None, None, None]
+        return Condition(cond.concat * mask, cond.lr * mask, origin=cond.origin)
+
+    def _to_device(self, cond: Condition) -> Condition:
+        return Condition(
+            cond.concat.to(self.device), cond.lr.to(self.device), origin=cond.origin
+        )
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.model.state_dict().items():
+            self.ema[name].lerp_(value, 1 - decay)
+
+    def ema_model(self) -> InfDiT:
+        model = InfDiT(self.settings.config, device="meta")
+        model.load_state_dict(self.ema, assign=True)
+        return model.requires_grad_(False).eval()
+
+    def save(self, path: Path) -> None:
+        """Write the whole state under a temporary name, then rename."""
+        state = {
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "numpy": json.dumps(self.numpy.bit_generator.state),
+            "torch": self.torch.get_state(),
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema = state["ema"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.numpy.bit_generator.state = json.loads(state["numpy"])
+        self.torch.set_state(state["torch"].cpu())
+
+
+def initialise(model: InfDiT) -> InfDiT:
+    """Small normal weights; modulations and output zero, so that D starts as c_skip · x."""
+    depth = 1 / math.sqrt(2 * model.config.num_layers)
+    for name, parameter in model.named_parameters():
+        if name.startswith("final.") or ".modulation." in name or name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" in name:
+            nn.init.ones_(parameter)
+        elif parameter.ndim >= 2:
+            fan_in = parameter[0].numel() if "embed" in name else parameter.shape[-1]
+            std = 0.02 if "segment_embed" in name or "position" in name else fan_in**-0.5
+            nn.init.normal_(parameter, std=std)
+            if name.endswith(("dense.weight", "fc2.weight")):
+                parameter.data.mul_(depth)
+    return model
+
+
+def save_sample(trainer: Trainer, test: Tensor, path: Path) -> None:
+    """Rows of bicubic, ours, original for test crops (B, 3, H, W)."""
+    cond = condition(reduce_bicubic(test))
+    noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(SAMPLE_SEED))
+    model = trainer.ema_model().cpu()
+    result = sample(model, cond, edm_sigmas(12), noise=noise)
+    rows = torch.cat([cond.concat, result.clamp(-1, 1), test], dim=3)
+    levels = ((rows + 1) * 127.5).round().to(torch.uint8)
+    Image.fromarray(torch.cat(list(levels), dim=1).permute(1, 2, 0).numpy()).save(path)
+
+
+def run(folder: Path, trainer: Trainer, test: Tensor, stop_at: int, every: int) -> None:
+    """Train until `stop_at` steps, saving state, log and a sample every `every` steps."""
+    stopping = False
+
+    def stop(signum, frame):
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    sigmas, losses, started = [], [], time.monotonic()
+    while trainer.step < stop_at and not stopping:
+        sigma, loss = trainer.train_step()
+        sigmas.append(sigma)
+        losses.append(loss)
+        if trainer.step % 50 == 0:
+            seconds = (time.monotonic() - started) / len(losses)
+            write_log(folder / LOG, trainer, torch.cat(sigmas), torch.cat(losses), seconds)
+            sigmas, losses, started = [], [], time.monotonic()
+        if trainer.step % every == 0:
+            trainer.save(folder / STATE)
+            save_sample(trainer, test, folder / f"sample_{trainer.step:06d}.png")
+    trainer.save(folder / STATE)
+    logger.info("stopped at step %d", trainer.step)
+
+
+def write_log(path: Path, trainer: Trainer, sigma: Tensor, loss: Tensor, seconds: float) -> None:
+    names = [f"loss_{low}_{high}" for low, high in zip(LEVELS, LEVELS[1:], strict=False)]
+    row = {
+        "step": trainer.step,
+        "loss": loss.mean().item(),
+        "rate": trainer.settings.rate(trainer.step),
+        "seconds_per_step": round(seconds, 4),
+    }
+    for name, low, high in zip(names, LEVELS, LEVELS[1:], strict=False):
+        chosen = loss[(sigma >= low) & (sigma < high)]
+        row[name] = chosen.mean().item() if len(chosen) else ""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    logger.info("%s", row)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of the run; resumed if it holds one")
+    parser.add_argument("--photos", type=Path, required=True, help="what photos.py made")
+    parser.add_argument("--stop-at", type=int, help="stop after this step, to go on later")
+    parser.add_argument("--every", type=int, default=500, help="steps between saves")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in asdict(Settings()).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(flag, type=type(value), default=value)
+    args = parser.parse_args()
+    settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
+    args.run.mkdir(parents=True, exist_ok=True)
+    state = args.run / STATE
+    if state.exists():
+        settings = Settings(**torch.load(state, weights_only=True)["settings"])
+        settings.total_steps = args.total_steps
+    trainer = Trainer(
+        settings, Photos(args.photos / "train", settings.crop_px), torch.device(args.device)
+    )
+    if state.exists():
+        trainer.load(state)
+        logger.info("resumed at step %d", trainer.step)
+    test = Photos(args.photos / "test", 128).batch(6, np.random.default_rng(SAMPLE_SEED))
+    run(args.run, trainer, test, args.stop_at or settings.total_steps, args.every)
+
+
+if __name__ == "__main__":
+    main()
