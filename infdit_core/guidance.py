@@ -92,7 +92,7 @@ class ClipGuide:
         mlp_ratio = tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width
         embed_dim = tensors["visual.proj"].shape[1]
         image_size = grid * patch
-        if "token_embedding.weight" not in tensors:
+        if "ln_final.weight" not in tensors:  # the released model keeps the token embedding alone
             model = nn.Module()
             model.visual = VisionTransformer(
                 image_size,
