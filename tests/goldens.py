@@ -58,3 +58,11 @@ def random_condition(model: InfDiT, rows: int, columns: int, batch: int = 1, see
         torch.randn(batch, model.config.vector_size, generator=generator),
     )
     return torch.randn(batch, 3, h, w, generator=generator), cond
+
+
+def save_bf16_run(path: Path) -> None:
+    """The file that a bf16 run of the release saves: all keys, rotary tables too, in bf16."""
+    state = {k: v.bfloat16() for k, v in golden("xs/model.safetensors").items()}
+    for name in ("cos", "sin"):
+        state[f"mixins.adaln_layer.rope.freqs_{name}"] = torch.zeros(256, 256, 16).bfloat16()
+    torch.save({"module": state}, path)

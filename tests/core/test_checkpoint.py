@@ -25,6 +25,7 @@ from infdit_core.checkpoint import (
 from infdit_core.config import InfDiTConfig
 from infdit_core.model import InfDiT
 from infdit_core.pickle_reader import read_index
+from tests.goldens import golden_names, golden_path, save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PT = "mp_rank_00_model_states.pt"
@@ -64,9 +65,9 @@ def repack(source: Path, target: Path, method: int = zipfile.ZIP_STORED):
 # What is read
 
 
-@pytest.mark.parametrize("folder", ["xs", "s", "xs_bf16"])
-def test_pt_equals_torch_load(folder):
-    path = GOLDEN / folder / PT
+@pytest.mark.parametrize("name", golden_names(f"*/{PT}"))
+def test_pt_equals_torch_load(name):
+    path = golden_path(name)
     reference = torch.load(path, weights_only=False)["module"]
     _, tensors = read_all(path)
     assert tensors.keys() == reference.keys()
@@ -115,7 +116,7 @@ def test_strided_shared_and_misaligned_tensors(tmp_path):
 
 def test_tensors_are_private_views_of_one_map(tmp_path):
     path = tmp_path / PT
-    shutil.copy(GOLDEN / "xs_bf16" / PT, path)
+    shutil.copy(GOLDEN / "xs" / PT, path)
     before, index = path.read_bytes(), read_index(path)
     first, second = "mixins.patch_embed.proj.weight", "mixins.final_layer.linear.weight"
     with open_checkpoint(path) as checkpoint:
@@ -127,13 +128,14 @@ def test_tensors_are_private_views_of_one_map(tmp_path):
         checkpoint.tensor(first)
 
 
-def test_only_needed_tensors_are_read(monkeypatch):
+def test_only_needed_tensors_are_read(monkeypatch, tmp_path):
+    save_bf16_run(tmp_path / PT)
     read = []
     tensor = Checkpoint.tensor
     monkeypatch.setattr(
         Checkpoint, "tensor", lambda self, key: read.append(key) or tensor(self, key)
     )
-    load_model(GOLDEN / "xs_bf16" / PT)
+    load_model(tmp_path / PT)
     assert sorted(read) == sorted(XS.parameter_shapes())
 
 

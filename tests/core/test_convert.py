@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from infdit_core import convert as convert_module
 from infdit_core.checkpoint import Checkpoint, CheckpointError, load_model, open_checkpoint
 from infdit_core.convert import convert
+from tests.goldens import save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PT = "mp_rank_00_model_states.pt"
@@ -59,7 +60,8 @@ def test_tensors_keys_and_report(source, folder, dtype):
 
 
 def test_rotary_tables_are_dropped(folder):
-    convert(GOLDEN / "xs_bf16" / PT, folder / "model.safetensors")
+    save_bf16_run(folder / PT)
+    convert(folder / PT, folder / "model.safetensors")
     written = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert not [key for key in written if "rope" in key]
