@@ -1,0 +1,181 @@
+"""Picture files in and out, for the command line.
+
+Pillow does the formats; PNG with 16 bits per channel goes through `png16`, because Pillow keeps
+eight of them where there is colour. TIFF with 16 bits per channel is read where it is grey.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import png16
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".webp": ("WEBP", {"lossless": True, "exact": True}),
+    ".tif": ("TIFF", {"compression": "tiff_adobe_deflate"}),
+    ".tiff": ("TIFF", {"compression": "tiff_adobe_deflate"}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+}
+READABLE = frozenset([*_FORMATS, ".bmp", ".gif"])
+"""Suffixes of the files that are taken from a folder."""
+_MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
+_ORIENTATION_TAG = 0x0112
+
+
+class ImageError(ValueError):
+    """A picture file that cannot be read or written; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What a file says about its picture."""
+
+    bit_depth: int = 8
+    """Bits per channel that the pixels were read with: 8 or 16."""
+    icc_profile: bytes | None = None
+    """The colour profile, where it is one for RGB."""
+
+
+def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
+    """Read a picture, turned upright by its EXIF orientation; of an animation the first frame.
+
+    Palette pictures become RGB, transparent ones RGBA, CMYK becomes RGB.
+
+    Returns:
+        (1, H, W, C) float32 in 0..1, C = 1 (grey), 3 or 4, and what is known about it.
+
+    Raises:
+        ImageError: no such file, no picture, a damaged one, or a pixel format of more than 16 bits.
+    """
+    path = Path(path)
+    pillow = _pillow()
+    try:
+        with path.open("rb") as file:
+            pixels = png16.read(file)
+        with pillow.open(path) as image:
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+            profile = image.info.get("icc_profile")
+            if pixels is None:
+                pixels = _pixels(image)
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist; expected a picture") from None
+    except pillow.DecompressionBombError as error:
+        raise ImageError(f"{path.name} is too large to read: {error}") from error
+    # Pillow's readers raise these for damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ImageError(f"{path.name} cannot be read as a picture: {error}") from error
+    pixels = _upright(pixels, orientation)
+    values = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    if values.shape[-1] == 2:  # grey with alpha
+        values = values[..., [0, 0, 0, 1]]
+    of_rgb = profile is not None and profile[16:20] == b"RGB "
+    info = ImageInfo(8 * pixels.dtype.itemsize, profile if of_rgb else None)
+    return torch.from_numpy(np.ascontiguousarray(values))[None], info
+
+
+def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
+    """Refuse what `write_image` could not write, before any work is done.
+
+    Raises:
+        ImageError: the suffix is unknown, or its format has no alpha or not as many bits.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
+        raise ImageError(f"{path.name}: expected a name that ends in {', '.join(_FORMATS)}")
+    if bit_depth not in (8, 16):
+        raise ImageError(f"expected 8 or 16 bits per channel, got {bit_depth}")
+    if bit_depth == 16 and suffix != ".png":
+        raise ImageError(f"{path.name}: expected .png for 16 bits per channel")
+    if alpha and _FORMATS[suffix][0] == "JPEG":
+        raise ImageError(f"{path.name}: JPEG has no alpha; expected .png, .webp or .tif")
+    if not path.parent.is_dir():
+        raise ImageError(f"{path.parent} is not a folder; expected one to write to")
+
+
+def write_image(
+    path: str | Path, image: Tensor, *, bit_depth: int = 8, info: ImageInfo | None = None
+) -> None:
+    """Write a picture; the file appears whole or not at all.
+
+    Args:
+        path: ends in .png, .webp, .tif, .tiff, .jpg or .jpeg; an existing file is replaced.
+        image: (1, H, W, C) in 0..1, clipped and rounded; C = 3 or 4.
+        bit_depth: 8, or for PNG 16 bits per channel.
+        info: of the picture it was made from: its colour profile is written.
+
+    Raises:
+        ImageError: see `check_writable`; a side too long for the format; a full disk.
+    """
+    path = Path(path)
+    if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] not in (3, 4):
+        raise ImageError(f"expected an image of shape (1, H, W, 3 or 4), got {tuple(image.shape)}")
+    check_writable(path, alpha=image.shape[-1] == 4, bit_depth=bit_depth)
+    kind, options = _FORMATS[path.suffix.lower()]
+    if max(image.shape[1:3]) > (limit := _MAX_SIDE.get(kind, 2**31)):
+        raise ImageError(f"{path.name}: expected sides of at most {limit} px for {kind}; use .png")
+    levels = 2**bit_depth - 1
+    values = (image[0].cpu().float().clip(0, 1) * levels).round().numpy()
+    profile = info.icc_profile if info else None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            if bit_depth == 16:
+                png16.write(file, values.astype(np.uint16), profile)
+            else:
+                picture = _pillow().fromarray(values.astype(np.uint8))
+                picture.save(file, format=kind, icc_profile=profile, **options)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _pixels(image: PILImage.Image) -> np.ndarray:
+    """(H, W, C) uint8 or uint16."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return np.array(image).astype(np.uint16)[..., None]
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits per channel; expected 8 or 16")
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa"):
+        image = image.convert("RGBA")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def _pillow() -> Any:
+    """The module PIL.Image. The engine itself needs no Pillow, so it is imported here."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImageError("picture files need Pillow: pip install pillow") from error
+    return Image
