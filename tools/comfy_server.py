@@ -200,8 +200,9 @@ class ComfyServer:
         """
         log = self.log()
         if "IMPORT FAILED" in log or node not in self.object_info(node):
-            start = max(log.find("Traceback"), 0)
-            raise ComfyError(f"Expected ComfyUI to load this pack.\n{log[start:].strip()}")
+            end = log.find("\n", log.find("Cannot import"))
+            start = max(log.rfind("Traceback", 0, end), 0)
+            raise ComfyError(f"Expected ComfyUI to load this pack.\n{log[start:end].strip()}")
 
     def stop(self) -> None:
         """End the server, by force if it does not listen."""

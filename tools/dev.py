@@ -41,7 +41,9 @@ _TEST_SECONDS = 900
 
 def main() -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="tools/dev.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="tools/dev.py", description="Runs this pack in a real ComfyUI of its own."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("demo", help="upscale the example photograph in a real ComfyUI")
     commands.add_parser("test", help="run the tests; further arguments go to pytest")

@@ -1,0 +1,111 @@
+"""The pack in a real ComfyUI server."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.goldens import GOLDEN
+from tools.comfy_server import ComfyError, ComfyServer
+from tools.dev import png_size
+
+pytestmark = pytest.mark.comfy
+
+NODE_IDS = {
+    "InfDiTCheckpointLoader",
+    "InfDiTCLIPLoader",
+    "InfDiTGuidance",
+    "InfDiTSampler",
+    "InfDiTConditioning",
+    "InfDiTDecode",
+}
+
+
+def picture_workflow(image: str) -> dict:
+    """Load and save a picture with core nodes alone."""
+    return {
+        "load": {"class_type": "LoadImage", "inputs": {"image": image}},
+        "save": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["load", 0], "filename_prefix": "server"},
+        },
+    }
+
+
+def empty_workflow(width: int) -> dict:
+    """Make and save a grey picture with core nodes alone."""
+    grey = {"width": width, "height": 16, "batch_size": 1, "color": 0x808080}
+    return {
+        "grey": {"class_type": "EmptyImage", "inputs": grey},
+        "save": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["grey", 0], "filename_prefix": "grey"},
+        },
+    }
+
+
+def test_pack_loads(comfy_server: ComfyServer):
+    comfy_server.check_pack("InfDiTSampler")
+    assert "IMPORT FAILED" not in comfy_server.log()
+
+
+def test_every_node_is_served(comfy_server: ComfyServer):
+    served = {i for i in comfy_server.object_info() if i.startswith(("InfDiT", "HiDiffusion"))}
+    assert served >= NODE_IDS
+
+
+def test_every_node_is_found_in_process(comfy):
+    assert set(comfy.nodes) >= NODE_IDS
+
+
+def test_comfyui_keeps_its_own_nodes_module(comfy):
+    """Our folder `nodes` must not hide ComfyUI's nodes.py, nor the other way round."""
+    import nodes
+
+    assert Path(nodes.__file__).name == "nodes.py"
+    assert Path(comfy.module("nodes").__file__).parts[-2:] == ("nodes", "__init__.py")
+
+
+def test_uploaded_picture_comes_back_saved(comfy_server: ComfyServer, tmp_path: Path):
+    made = comfy_server.output_files(comfy_server.submit(empty_workflow(48), timeout=60))
+    assert [png_size(p) for p in made] == [(48, 16)]
+    name = comfy_server.upload_image(made[0])
+    saved = comfy_server.output_files(comfy_server.submit(picture_workflow(name), timeout=60))
+    assert [png_size(p) for p in saved] == [(48, 16)]
+
+
+def test_refused_workflow_says_what_is_wrong(comfy_server: ComfyServer):
+    with pytest.raises(ComfyError, match=r"EmptyImage \(node grey\).*width"):
+        comfy_server.submit(empty_workflow(-1))
+
+
+def test_failing_node_says_what_is_wrong(comfy_server: ComfyServer):
+    folder = comfy_server.models_dir / "infdit"
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.safetensors").write_bytes(b"not a model")
+    inputs = {"model_name": "broken.safetensors", "weight_dtype": "default"}
+    workflow = empty_workflow(16) | {
+        "load": {"class_type": "InfDiTCheckpointLoader", "inputs": inputs},
+        "upscale": {
+            "class_type": "InfDiTSampler",
+            "inputs": {
+                "model": ["load", 0],
+                "image": ["grey", 0],
+                "upscale_by": 4.0,
+                "seed": 0,
+                "steps": 1,
+            },
+        },
+    }
+    workflow["save"]["inputs"]["images"] = ["upscale", 0]
+    with pytest.raises(ComfyError, match=r"InfDiTCheckpointLoader \(node load\) failed: .*broken"):
+        comfy_server.submit(workflow, timeout=60)
+
+
+def test_model_dropped_in_is_offered(comfy_server: ComfyServer):
+    folder = comfy_server.models_dir / "infdit"
+    folder.mkdir(exist_ok=True)
+    source = GOLDEN / "xs" / "model.safetensors"
+    (folder / "offered.safetensors").write_bytes(source.read_bytes())
+    info = comfy_server.object_info("InfDiTCheckpointLoader")["InfDiTCheckpointLoader"]
+    options = info["input"]["required"]["model_name"]
+    assert "offered.safetensors" in str(options)
