@@ -1,0 +1,55 @@
+"""Write the averaged weights of a run as a checkpoint: python training/export.py RUN OUT
+
+The file has the release's key names, bf16 weights, and how the model was trained as metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from train import STATE, Settings
+
+from infdit_core.checkpoint import release_state_dict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--commit", help="of the trainer; that of this checkout if left out")
+    args = parser.parse_args()
+    export(args.run, args.out, args.commit)
+
+
+def export(run: Path, out: Path, commit: str | None = None) -> None:
+    """Convert RUN's state file to OUT."""
+    state = torch.load(run / STATE, map_location="cpu", weights_only=True)
+    settings = Settings(**state["settings"])
+    weights = release_state_dict(state["ema"], settings.config)
+    metadata = {
+        "format": "pt",
+        "infdit.config": json.dumps(asdict(settings.config)),
+        "infdit.dtype": "bf16",
+        "infdit.training": json.dumps(state["settings"]),
+        "infdit.steps": str(state["step"]),
+        "infdit.data": "training/photos.tsv and comfyui-workflow-templates-media-image, -video",
+        "infdit.commit": commit or _head(),
+        "license": "Apache-2.0",
+    }
+    save_file({k: v.bfloat16().contiguous() for k, v in weights.items()}, out, metadata)
+
+
+def _head() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    root = Path(__file__).parent
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
