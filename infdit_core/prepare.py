@@ -70,12 +70,7 @@ def prepare(
     _check(image)
     source_size = image.shape[1], image.shape[2]
     if size is None:
-        if not (math.isfinite(upscale_by) and upscale_by > 0):
-            raise PreparationError(f"expected a factor above 0, got {upscale_by}")
-        size = (
-            max(1, round(source_size[0] * upscale_by)),
-            max(1, round(source_size[1] * upscale_by)),
-        )
+        size = target_size(source_size, upscale_by)
     if min(size) < 1:
         raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
 
@@ -93,6 +88,33 @@ def prepare(
     lr_scale = tuple(s / LR_SCALE for s in scale)
     lr = _resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
     return Canvas(concat, lr, *size, alpha)
+
+
+MAX_FACTOR = 4.0
+"""How much larger a picture can become in one pass: the networks are trained for this factor."""
+
+
+def pass_sizes(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
+    """(height, width) after each of equal passes from source to target, the last being target."""
+    factor = max(t / s for t, s in zip(target, source, strict=True))
+    count = max(1, math.ceil(math.log(factor, MAX_FACTOR) - 1e-9)) if factor > 1 else 1
+    steps = [
+        tuple(s * (t / s) ** (i / count) for s, t in zip(source, target, strict=True))
+        for i in range(1, count)
+    ]
+    return [(max(1, round(h)), max(1, round(w))) for h, w in steps] + [target]
+
+
+def target_size(source: tuple[int, int], upscale_by: float) -> tuple[int, int]:
+    """(height, width) of a picture `upscale_by` times as wide and high, in whole pixels.
+
+    Raises:
+        PreparationError: the factor is not above 0.
+    """
+    if not (math.isfinite(upscale_by) and upscale_by > 0):
+        raise PreparationError(f"expected a factor above 0, got {upscale_by}")
+    height, width = (max(1, round(side * upscale_by)) for side in source)
+    return height, width
 
 
 def _check(image: Tensor) -> None:

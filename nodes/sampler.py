@@ -9,13 +9,12 @@ from comfy_api.latest import io
 
 from ..infdit_core import edm
 from ..infdit_core.condition import Condition
-from ..infdit_core.prepare import Canvas, prepare
+from ..infdit_core.prepare import Canvas, pass_sizes, prepare, target_size
 from .comfy_model import CLIP_ATTACHMENT, PROGRESS, InfDiTModel
 from .progress import SamplingProgress
 from .types import CATEGORY, CanvasType, Guidance, require_image
 
 _MAX_SEED = 2**64 - 1
-_MAX_FACTOR_PER_PASS = 4.0
 
 
 class InfDiTSampler(io.ComfyNode):
@@ -80,19 +79,20 @@ class InfDiTSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Inf-DiT Upscale"
         vectors = _check_inputs(node, model, image, guidance)
-        factors = _passes(upscale_by)
+        source = image.shape[1], image.shape[2]
+        sizes = pass_sizes(source, target_size(source, upscale_by))
         sampler = comfy.samplers.sampler_object("heun")
         sigmas = edm.edm_sigmas(steps)
         evaluations = 2 * steps - 1
-        progress = SamplingProgress(evaluations * len(factors) * image.shape[0])
+        progress = SamplingProgress(evaluations * len(sizes) * image.shape[0])
         model = model.clone()
         model.model_options.setdefault("transformer_options", {})[PROGRESS] = progress.cells
 
         results = []
         for i, picture in enumerate(image.split(1)):
             vector = None if vectors is None else vectors[i : i + 1]
-            for factor in factors:
-                canvas = _prepare(node, model, picture, factor)
+            for size in sizes:
+                canvas = _prepare(node, model, picture, size)
                 concat, conditioning = _conditioning(canvas.condition(vector))
                 samples = comfy.sample.sample_custom(
                     model,
@@ -159,7 +159,9 @@ class InfDiTConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Inf-DiT Conditioning"
         vectors = _check_inputs(node, model, image, guidance)
-        canvas = _prepare(node, model, image, upscale_by)
+        canvas = _prepare(
+            node, model, image, target_size((image.shape[1], image.shape[2]), upscale_by)
+        )
         concat, conditioning = _conditioning(canvas.condition(vectors))
         return io.NodeOutput(conditioning, {"samples": concat}, canvas)
 
@@ -207,25 +209,29 @@ def _check_inputs(
     size = model.model.infdit_config.vector_size
     if size == 0:
         return None
-    if guidance is None:
-        clip = model.get_attachment(CLIP_ATTACHMENT)
-        if clip is None:
-            raise ValueError(
-                f"{node}: this model needs a CLIP embedding of {size} values and its file has no"
-                " CLIP tower. Connect Load Inf-DiT CLIP -> Inf-DiT CLIP Guidance to guidance."
-            )
-        guidance = clip.vector(image)
+    vectors = _own_guidance(node, model, image, size) if guidance is None else guidance
     batch = image.shape[0]
-    if guidance.shape[-1] != size or guidance.shape[0] not in (1, batch):
+    if vectors.shape[-1] != size or vectors.shape[0] not in (1, batch):
         raise ValueError(
-            f"{node}: expected guidance of shape {(batch, size)}; got {tuple(guidance.shape)}"
+            f"{node}: expected guidance of shape {(batch, size)}; got {tuple(vectors.shape)}"
         )
-    return guidance.expand(batch, size)
+    return vectors.expand(batch, size)
 
 
-def _prepare(node: str, model, image: torch.Tensor, factor: float) -> Canvas:
+def _own_guidance(node: str, model, image: torch.Tensor, size: int) -> torch.Tensor:
+    """Embeddings by the CLIP tower that came in the model's file."""
+    clip = model.get_attachment(CLIP_ATTACHMENT)
+    if clip is None:
+        raise ValueError(
+            f"{node}: this model needs a CLIP embedding of {size} values and its file has no"
+            " CLIP tower. Connect Load Inf-DiT CLIP -> Inf-DiT CLIP Guidance to guidance."
+        )
+    return clip.vector(image)
+
+
+def _prepare(node: str, model, image: torch.Tensor, size: tuple[int, int]) -> Canvas:
     try:
-        return prepare(image, factor, block_px=model.model.infdit_config.block_px)
+        return prepare(image, size=size, block_px=model.model.infdit_config.block_px)
     except ValueError as error:
         raise ValueError(f"{node}: {error}") from error
 
@@ -235,11 +241,3 @@ def _conditioning(cond: Condition) -> tuple[torch.Tensor, list]:
     values = {"infdit_concat": cond.concat, "infdit_lr": cond.lr, "infdit_vector": cond.vector}
     unused_text = torch.zeros(cond.concat.shape[0], 1, 1)
     return cond.concat, [[unused_text, values]]
-
-
-def _passes(factor: float) -> list[float]:
-    """Equal factors of at most 4 whose product is `factor`."""
-    count = 1
-    while factor ** (1 / count) > _MAX_FACTOR_PER_PASS:
-        count += 1
-    return [factor ** (1 / count)] * count

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from infdit_core.checkpoint import network_state_dict, open_checkpoint, read_config
 from infdit_core.condition import Condition
+from infdit_core.config import InfDiTConfig
 from infdit_core.model import InfDiT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,3 +67,27 @@ def save_bf16_run(path: Path) -> None:
     for name in ("cos", "sin"):
         state[f"mixins.adaln_layer.rope.freqs_{name}"] = torch.zeros(256, 256, 16).bfloat16()
     torch.save({"module": state}, path)
+
+
+def random_tensors(config: InfDiTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights of a network under the release's keys that is neither trained nor trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for key, shape in config.parameter_shapes().items():
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        one = 1.0 if "norm" in key or "_ln." in key else 0.0
+        offset = one if key.endswith("weight") else 0.0
+        tensors[key] = offset + scale * torch.randn(shape, generator=generator)
+    return tensors
+
+
+TINY = InfDiTConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    patch_size=4,
+    block_patches=8,
+    mlp_size=64,
+    vector_size=0,
+)
+"""A network that runs in milliseconds and needs no CLIP."""

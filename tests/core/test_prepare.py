@@ -1,9 +1,11 @@
 """Pictures in and out: exact sizes, nothing cropped, equal to the release where it says."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from infdit_core.prepare import PreparationError, prepare
+from infdit_core.prepare import PreparationError, pass_sizes, prepare, target_size
 from tests.goldens import golden, golden_names
 
 
@@ -97,3 +99,23 @@ def test_fp16_pictures_are_taken():
 def test_bad_input_is_named(image, factor, message):
     with pytest.raises(PreparationError, match=message):
         prepare(image, factor)
+
+
+@pytest.mark.parametrize(
+    ("source", "factor", "count"),
+    [
+        ((9, 5), 8.0, 2),
+        ((100, 60), 4.0, 1),
+        ((100, 60), 4.01, 2),
+        ((7, 3), 64.0, 3),
+        ((5, 5), 0.5, 1),
+    ],
+)
+def test_passes_end_at_the_target_in_steps_of_at_most_four(source, factor, count):
+    target = target_size(source, factor)
+    assert target == tuple(max(1, round(side * factor)) for side in source)
+    sizes = pass_sizes(source, target)
+    assert len(sizes) == count
+    assert sizes[-1] == target
+    for before, after in pairwise([source, *sizes]):
+        assert all(b <= 4 * a + 2 for a, b in zip(before, after, strict=True))

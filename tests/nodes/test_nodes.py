@@ -1,0 +1,239 @@
+"""The nodes in a real ComfyUI, in this process."""
+
+import importlib
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.goldens import GOLDEN, TINY, random_tensors
+
+pytestmark = pytest.mark.comfy
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def load(comfy):
+    """Load a model by the loader node: "tiny" without CLIP, "vector" and "clip" with its input."""
+    folder = comfy.models_dir / "infdit"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(random_tensors(TINY), folder / "tiny.safetensors")
+    with_vector = random_tensors(replace(TINY, vector_size=16))
+    save_file(with_vector, folder / "vector.safetensors")
+    tower = load_file(GOLDEN / "e_clip" / "tiny_clip.safetensors")
+    save_file(with_vector | tower, folder / "clip.safetensors")
+    shutil.copy(GOLDEN / "e_clip" / "tiny_clip.safetensors", folder / "tower.safetensors")
+
+    def loader(name, dtype="default"):
+        return comfy.nodes["InfDiTCheckpointLoader"].execute(f"{name}.safetensors", dtype).args
+
+    return loader
+
+
+@pytest.fixture(scope="module")
+def upscale(comfy):
+    def run(model, image, upscale_by=2.0, seed=0, steps=STEPS, **inputs):
+        node = comfy.nodes["InfDiTSampler"]
+        return node.execute(model, image, upscale_by, seed, steps, **inputs).args[0]
+
+    return run
+
+
+def ksampler(pack, model, image, steps, seed):
+    """The advanced way: Conditioning, what core's KSampler node calls, Decode."""
+    from comfy.sample import prepare_noise, sample
+
+    conditioning, latent, canvas = pack.nodes["InfDiTConditioning"].execute(model, image, 4.0).args
+    start = latent["samples"]
+    samples = sample(
+        model, prepare_noise(start, seed), steps, 1.0, "heun", "karras",
+        conditioning, conditioning, start, disable_pbar=True, seed=seed,
+    )  # fmt: skip
+    return pack.nodes["InfDiTDecode"].execute({"samples": samples}, canvas).args[0]
+
+
+def test_ksampler_equals_upscale_and_the_engine(comfy, load, upscale):
+    """heun / karras / 20 steps of core, our node and our own sampler: one picture."""
+    model, _ = load("tiny")
+    image = torch.rand(1, 20, 30, 3)
+    by_ksampler = ksampler(comfy, model, image, 20, seed=7)
+    by_node = upscale(model, image, 4.0, seed=7, steps=20)
+    torch.testing.assert_close(by_node, by_ksampler, atol=1e-3, rtol=0)
+
+    engine = comfy.module("infdit_core")
+    net = engine.load_model(comfy.models_dir / "infdit" / "tiny.safetensors")
+    canvas = engine.prepare(image, 4.0, block_px=32)
+    noise = torch.randn(canvas.concat.shape, generator=torch.Generator().manual_seed(7))
+    x = engine.sample(net, canvas.condition(), engine.edm_sigmas(20), noise=noise)
+    torch.testing.assert_close(canvas.finish(x), by_ksampler, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("size", "factor"), [((1, 1), 4.0), ((13, 21), 1.37), ((9, 5), 8.0)])
+def test_the_exact_size_comes_out(load, upscale, size, factor, channels):
+    image = torch.rand(1, *size, channels)
+    before = image.clone()
+    result = upscale(load("tiny")[0], image, factor, steps=2)
+    h, w = (round(side * factor) for side in size)
+    assert result.shape == (1, h, w, 4 if channels == 4 else 3)
+    assert result.isfinite().all()
+    assert torch.equal(image, before), "the input was changed"
+
+
+def test_a_picture_comes_out_the_same_wherever_it_stands_in_a_batch(load, upscale):
+    model, _ = load("tiny")
+    images = torch.rand(3, 10, 12, 3)
+    batch = upscale(model, images)
+    for i in range(3):
+        torch.testing.assert_close(upscale(model, images[i : i + 1])[0], batch[i])
+
+
+def test_the_seed_chooses_the_picture(load, upscale):
+    model, image = load("tiny")[0], torch.rand(1, 10, 12, 3)
+    assert torch.equal(upscale(model, image, seed=1), upscale(model, image, seed=1))
+    assert not torch.equal(upscale(model, image, seed=1), upscale(model, image, seed=2))
+    upscale(model, image, seed=2**64 - 1, steps=1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_weight_dtype_runs(load, upscale, dtype):
+    image = torch.rand(1, 10, 12, 3)
+    exact = upscale(load("tiny")[0], image)
+    assert (upscale(load("tiny", dtype)[0], image) - exact).abs().mean() < 0.02
+
+
+def test_the_schedule_in_transformer_options_is_used(comfy, load, upscale):
+    keys, schedule = comfy.module("nodes.comfy_model"), comfy.module("infdit_core.schedule")
+    model, image = load("tiny")[0], torch.rand(1, 20, 12, 3)
+    exact = upscale(model, image, 4.0)
+    chunked, seen = model.clone(), []
+
+    class Watched(schedule.LayerMajor):
+        def run(self, evaluation):
+            seen.append(evaluation.grid)
+            super().run(evaluation)
+
+    chunked.model_options["transformer_options"] = {keys.SCHEDULE: Watched(1)}
+    torch.testing.assert_close(upscale(chunked, image, 4.0), exact, atol=1e-4, rtol=0)
+    assert seen == [(3, 2)] * (2 * STEPS - 1)
+    assert keys.PROGRESS not in model.model_options.get("transformer_options", {})
+
+
+@pytest.fixture
+def bar(comfy, monkeypatch):
+    """Everything that the progress bar was told: (value, total, preview)."""
+    utils, told = importlib.import_module("comfy.utils"), []
+    monkeypatch.setattr(
+        utils, "PROGRESS_BAR_HOOK",
+        lambda value, total, preview, node_id=None: told.append((value, total, preview)),
+    )  # fmt: skip
+    monkeypatch.setattr(utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0)
+    monkeypatch.setattr(utils, "PROGRESS_THROTTLE_MIN_PERCENT", 0)
+    return told
+
+
+def test_progress_per_chunk_and_a_preview_per_step(load, upscale, bar):
+    upscale(load("tiny")[0], torch.rand(2, 10, 12, 3))
+    values = [value for value, _, _ in bar]
+    assert values == sorted(values)
+    assert values[-1] == bar[-1][1]
+    cells = 2 * (2 * STEPS - 1) * TINY.num_layers  # pictures, evaluations, cells of `Full`
+    assert set(range(1, cells + 1)) <= set(values)
+    previews = [preview for _, _, preview in bar if preview is not None]
+    assert len(previews) == 2 * STEPS
+    kind, picture, _ = previews[0]
+    assert kind == "JPEG"
+    assert picture.size == (32, 32)
+
+
+def test_a_preview_is_small_and_shows_the_picture(comfy):
+    preview_image = comfy.module("nodes.progress").preview_image
+    white_left = -torch.ones(1, 3, 1000, 2000)
+    white_left[..., :1000] = 1
+    picture = preview_image(white_left)
+    assert picture.size == (512, 256)
+    assert picture.getpixel((10, 10)) == (255, 255, 255)
+    assert picture.getpixel((500, 10)) == (0, 0, 0)
+
+
+def test_cancelling_takes_effect_at_the_next_chunk(comfy, load, upscale, monkeypatch):
+    management = importlib.import_module("comfy.model_management")
+    layers = comfy.module("infdit_core.model").Evaluation
+    done, layer = [], layers.layer
+
+    def counted(self, *args):
+        done.append(args[0])
+        if len(done) == 3:
+            management.interrupt_current_processing(True)
+        return layer(self, *args)
+
+    monkeypatch.setattr(layers, "layer", counted)
+    with pytest.raises(management.InterruptProcessingException):
+        upscale(load("tiny")[0], torch.rand(1, 10, 12, 3))
+    assert len(done) == 3
+    management.interrupt_current_processing(False)
+
+
+def test_guidance_reaches_the_model(comfy, load, upscale):
+    model, clip = load("vector")
+    image = torch.rand(2, 10, 12, 3)
+    assert clip is None
+    guidance = torch.nn.functional.normalize(torch.randn(2, 16), dim=-1)
+    one = upscale(model, image, guidance=guidance)
+    other = upscale(model, image, guidance=guidance.flip(0))
+    assert (one - other).abs().max() > 1e-3
+    single = upscale(model, image[:1], guidance=guidance[:1])
+    torch.testing.assert_close(single, one[:1])
+
+
+def test_the_tower_of_the_model_file_is_used_when_nothing_is_connected(comfy, load, upscale):
+    model, clip = load("clip")
+    image = torch.rand(1, 30, 40, 3)
+    guidance = comfy.nodes["InfDiTGuidance"].execute(clip, image, "", "", 0.0).args[0]
+    assert guidance.shape == (1, 16)
+    torch.testing.assert_close(upscale(model, image), upscale(model, image, guidance=guidance))
+    by_file = comfy.nodes["InfDiTCLIPLoader"].execute("tower.safetensors").args[0]
+    same = comfy.nodes["InfDiTGuidance"].execute(by_file, image, "", "", 0.0).args[0]
+    torch.testing.assert_close(same, guidance)
+
+
+def test_errors_name_the_node_what_was_expected_and_what_came(comfy, load, upscale):
+    image, model = torch.rand(1, 8, 8, 3), load("tiny")[0]
+    nodes = comfy.nodes
+    with pytest.raises(
+        ValueError, match="Inf-DiT Upscale: this model needs a CLIP embedding of 16"
+    ):
+        upscale(load("vector")[0], image)
+    with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected guidance of shape \(1, 16\)"):
+        upscale(load("vector")[0], image, guidance=torch.rand(1, 768))
+    with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected an image .* got \(8, 8, 3\)"):
+        upscale(model, image[0])
+    with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected finite pixels"):
+        upscale(model, image * float("nan"))
+    with pytest.raises(ValueError, match="Inf-DiT CLIP Guidance: the text tower is missing"):
+        nodes["InfDiTGuidance"].execute(load("clip")[1], image, "clear", "", 2.0)
+    with pytest.raises(ValueError, match="Inf-DiT CLIP Guidance: expected a CLIP tower"):
+        nodes["InfDiTGuidance"].execute(None, image, "", "", 0.0)
+    canvas = nodes["InfDiTConditioning"].execute(model, image, 4.0).args[2]
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected a latent of shape"):
+        nodes["InfDiTDecode"].execute({"samples": torch.zeros(1, 4, 8, 8)}, canvas)
+    with pytest.raises(ValueError, match=r"Load Inf-DiT CLIP: .*expected an open_clip"):
+        nodes["InfDiTCLIPLoader"].execute("tiny.safetensors")
+
+
+def test_a_wrong_model_file_is_named(comfy, load):
+    save_file({"lora_up.weight": torch.zeros(2)}, comfy.models_dir / "infdit" / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"Load Inf-DiT Checkpoint: .*LoRA"):
+        load("lora")
+
+
+def test_foreign_conditioning_is_named(comfy, load):
+    from comfy.sample import sample
+
+    model, latent = load("tiny")[0], torch.zeros(1, 3, 32, 32)
+    foreign = [[torch.zeros(1, 77, 768), {}]]
+    with pytest.raises(ValueError, match="Inf-DiT Conditioning"):
+        sample(model, latent, 2, 1.0, "heun", "karras", foreign, foreign, latent, disable_pbar=True)
