@@ -1,0 +1,161 @@
+"""The command line of `python -m infdit_core`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .commands import DTYPES, convert_file, inspect, upscale
+from .sampling import SOLVERS
+
+_MAX_SEED = 2**64 - 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; the parsed `command` is the function to call."""
+    parser = argparse.ArgumentParser(
+        prog="infdit", description="Upscale pictures of any size with Inf-DiT, without seams."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_upscale(commands, common)
+    _add_convert(commands, common)
+    _add_inspect(commands, common)
+    return parser
+
+
+def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "upscale",
+        parents=[common],
+        help="upscale pictures",
+        description="Upscale pictures. 8- and 16-bit PNG, JPEG, WebP, TIFF and BMP are read; grey"
+        " becomes RGB, alpha and the colour profile are kept.",
+    )
+    parser.set_defaults(command=upscale)
+    parser.add_argument("input", nargs="+", type=Path, help="pictures, or folders of pictures")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="a file (.png, .webp, .tif or .jpg) for a single picture, else a folder, where each"
+        " result gets its picture's name and .png",
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help=".safetensors, or the release's .pt"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument(
+        "--bit-depth",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="bits per channel of the result; 16 needs .png (default: %(default)s)",
+    )
+
+    target = parser.add_argument_group("size").add_mutually_exclusive_group()
+    target.add_argument(
+        "--scale",
+        type=float,
+        default=4.0,
+        help="how many times wider and higher; the model was trained for 4 (default: %(default)g)",
+    )
+    target.add_argument("--size", type=_positive, help="the longer side in pixels, instead")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--seed", type=_seed, default=0, help="chooses the invented detail (default: %(default)s)"
+    )
+    sampling.add_argument("--steps", type=_positive, default=20, help="default: %(default)s")
+    sampling.add_argument(
+        "--solver",
+        choices=sorted(SOLVERS),
+        default="heun",
+        help="heun evaluates the network twice a step, euler once (default: %(default)s)",
+    )
+
+    guidance = parser.add_argument_group(
+        "guidance", "For models that take a CLIP embedding, as the released one does."
+    )
+    guidance.add_argument(
+        "--clip",
+        type=Path,
+        help="a whole open_clip ViT-L-14 file (datacomp_xl_s13b_b90k), for models that came without"
+        " a CLIP tower, and for texts",
+    )
+    guidance.add_argument(
+        "--text-strength",
+        type=float,
+        default=0.0,
+        help="weight of the texts; 0 leaves them out, 2 is the paper's choice (default: 0)",
+    )
+    guidance.add_argument(
+        "--positive", default="HD, high resolution, clear.", help='default: "%(default)s"'
+    )
+    guidance.add_argument(
+        "--negative", default="noisy,blurry,low resolution.", help='default: "%(default)s"'
+    )
+
+    machine = parser.add_argument_group(
+        "speed and memory (none changes the picture, but the dtype)"
+    )
+    machine.add_argument(
+        "--device", help="such as cpu or cuda:1 (default: cuda where there is one)"
+    )
+    machine.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the network (default: bf16 on a GPU, fp32 on the CPU)",
+    )
+    machine.add_argument(
+        "--schedule",
+        choices=("full", "block-major", "layer-major"),
+        default="full",
+        help="full is fastest; the others need less memory (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--blocks",
+        type=_positive,
+        help="side of the square of blocks that block-major takes at a time, or the number of"
+        " blocks that layer-major does (default: 1)",
+    )
+
+
+def _add_convert(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="convert a checkpoint to .safetensors",
+        description="Convert a checkpoint to .safetensors: what the network does not use is"
+        " dropped, a CLIP tower is kept.",
+    )
+    parser.set_defaults(command=convert_file)
+    parser.add_argument("source", type=Path, help="the release's .pt, or a .safetensors file")
+    parser.add_argument("target", type=Path, help="ends in .safetensors")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the source")
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+
+
+def _add_inspect(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="say what a checkpoint holds",
+        description="Say what a checkpoint holds, and whether it is complete.",
+    )
+    parser.set_defaults(command=inspect)
+    parser.add_argument("file", type=Path)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > _MAX_SEED:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^64 - 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,270 @@
+"""What the commands of `cli` do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import OutOfMemoryError, Tensor
+
+from .checkpoint import (
+    CLIP_PREFIX,
+    check,
+    clip_state_dict,
+    load_model,
+    open_checkpoint,
+    read_config,
+)
+from .condition import Condition
+from .convert import convert
+from .edm import edm_sigmas
+from .guidance import ClipGuide, read_clip
+from .image_io import READABLE, ImageError, check_writable, read_image, write_image
+from .model import InfDiT
+from .prepare import PreparationError, prepare
+from .sampling import Step, sample
+from .schedule import BlockMajor, Full, LayerMajor, Schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class CommandError(ValueError):
+    """Something the user asked for that cannot be done."""
+
+
+class UsageError(Exception):
+    """Arguments that contradict each other."""
+
+
+def upscale(args: argparse.Namespace) -> int:
+    """Upscale every picture; go on after one that cannot be read or written."""
+    schedule = _schedule(args.schedule, args.blocks)
+    jobs = _jobs(args.input, args.output, args.overwrite)
+    device = _device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    guide = _guide(args, device)
+    for _, target in jobs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(target, alpha=False, bit_depth=args.bit_depth)
+    model = load_model(args.model, device, dtype)
+    failures = 0
+    for source, target in jobs:
+        try:
+            _upscale_picture(model, guide, schedule, source, target, args)
+        except (ImageError, PreparationError) as error:
+            if args.debug or len(jobs) == 1:
+                raise
+            failures += 1
+            sys.stderr.write(f"infdit: error: {source}: {error}\n")
+        except OutOfMemoryError as error:
+            raise CommandError(
+                f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
+                " try block-major or layer-major with few --blocks"
+            ) from error
+    if failures:
+        raise CommandError(f"{failures} of {len(jobs)} pictures could not be upscaled")
+    return 0
+
+
+def _upscale_picture(
+    model: InfDiT,
+    guide: ClipGuide | None,
+    schedule: Schedule,
+    source: Path,
+    target: Path,
+    args: argparse.Namespace,
+) -> None:
+    started = time.monotonic()
+    image, info = read_image(source)
+    check_writable(target, alpha=image.shape[-1] == 4, bit_depth=args.bit_depth)
+    size = _target_size(image, args.size) if args.size else None
+    canvas = prepare(image, args.scale, size=size, block_px=model.config.block_px)
+    device = next(model.parameters()).device
+    vector = None
+    if guide:
+        vector = guide.guide(image, args.positive, args.negative, args.text_strength)
+    cond = canvas.condition(vector)
+    # On the CPU, so that the device does not change the picture.
+    noise = torch.randn(cond.concat.shape, generator=torch.Generator().manual_seed(args.seed))
+    with _Progress(source.name, args.steps) as progress:
+        result = sample(
+            model,
+            Condition(cond.concat.to(device), cond.lr.to(device), cond.vector),
+            edm_sigmas(args.steps),
+            noise=noise,
+            solver=args.solver,
+            schedule=schedule,
+            callback=progress.step,
+            progress=progress.cells,
+        )
+    write_image(target, canvas.finish(result), bit_depth=args.bit_depth, info=info)
+    height, width = image.shape[1:3]
+    _say(
+        f"{source} ({width}×{height}) -> {target} ({canvas.width}×{canvas.height}),"
+        f" {time.monotonic() - started:.1f} s"
+    )
+
+
+class _Progress:
+    """Two bars on a terminal: the solver's steps, and the chunks of blocks of an evaluation."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        from tqdm import tqdm
+
+        # disable=None: no bars where the output is no terminal
+        self._steps = tqdm(desc=name, total=steps, unit="step", disable=None)
+        self._cells = tqdm(desc="blocks", unit="chunk", position=1, leave=False, disable=None)
+
+    def step(self, step: Step) -> None:
+        self._steps.set_postfix_str(f"sigma {step.sigma:.3g}")
+        self._steps.update(step.index + 1 - self._steps.n)
+
+    def cells(self, done: int, total: int) -> None:
+        if done <= self._cells.n or self._cells.total is None:
+            self._cells.reset(total)
+        self._cells.update(done - self._cells.n)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cells.close()
+        self._steps.close()
+
+
+def convert_file(args: argparse.Namespace) -> int:
+    """Convert a checkpoint and say what became of it."""
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    report = convert(args.source, args.target, dtype, overwrite=args.overwrite)
+    _say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
+    if report.dropped:
+        _say(f"dropped {len(report.dropped)} tensors that the network does not use")
+    for key in report.unknown:
+        _say(f"unknown: {key}")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Describe a checkpoint; an incomplete one is an error."""
+    with open_checkpoint(args.file) as checkpoint:
+        config = read_config(checkpoint)
+        unknown = check(checkpoint, config)
+        shapes = config.parameter_shapes()
+        count = sum(torch.Size(shape).numel() for shape in shapes.values())
+        dtypes = Counter(str(checkpoint.dtypes[key]).removeprefix("torch.") for key in shapes)
+        clip = CLIP_PREFIX + "model."
+        _say(f"{args.file}: a complete Inf-DiT")
+        lines: dict[str, object] = {
+            **asdict(config),
+            "block_px": config.block_px,
+            "parameters": f"{count:,}",
+            "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in dtypes.items()),
+            "clip image tower": _yes(clip + "visual.proj" in checkpoint.shapes),
+            "clip text tower": _yes(clip + "ln_final.weight" in checkpoint.shapes),
+            "unknown tensors": ", ".join(unknown) or "none",
+            **checkpoint.metadata,
+        }
+    for name, value in lines.items():
+        _say(f"  {name}: {value}")
+    return 0
+
+
+def _jobs(inputs: list[Path], output: Path, overwrite: bool) -> list[tuple[Path, Path]]:
+    """Every picture with the file of its result, none of which may be in the way of another."""
+    sources: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in READABLE)
+            if not found:
+                raise CommandError(
+                    f"{path} holds no picture; expected {', '.join(sorted(READABLE))}"
+                )
+            sources += found
+        elif path.exists():
+            sources.append(path)
+        else:
+            raise CommandError(f"{path} does not exist; expected a picture or a folder")
+    single = len(inputs) == 1 and not inputs[0].is_dir()
+    if output.suffix and not output.is_dir():
+        if not single:
+            raise CommandError(f"{output} is one file; expected a folder for several pictures")
+        targets = [output]
+    else:
+        targets = [output / f"{source.stem}.png" for source in sources]
+    originals = {source.resolve() for source in sources}
+    for target, times in Counter(targets).items():
+        if times > 1:
+            raise CommandError(f"{times} pictures would be written to {target}; rename them")
+        if target.resolve() in originals:
+            raise CommandError(f"{target} is an input; expected another --output")
+        if target.exists() and not overwrite:
+            raise CommandError(f"{target} already exists; expected another --output or --overwrite")
+    return list(zip(sources, targets, strict=True))
+
+
+def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:
+    """The CLIP towers for a model that needs them: --clip before those of the model file."""
+    with open_checkpoint(args.model) as checkpoint:
+        size = read_config(checkpoint).vector_size
+        if size == 0:
+            if args.clip or args.text_strength:
+                raise CommandError(
+                    f"{args.model.name} takes no CLIP embedding: expected neither --clip"
+                    " nor --text-strength"
+                )
+            return None
+        weights = read_clip(args.clip) if args.clip else clip_state_dict(checkpoint)
+        if weights is None:
+            raise CommandError(
+                f"{args.model.name} needs a CLIP embedding and has no CLIP tower: expected --clip"
+                " with an open_clip ViT-L-14 file (datacomp_xl_s13b_b90k)"
+            )
+        guide = ClipGuide.from_state_dict(weights, device=device)
+    found = weights["visual.proj"].shape[1]
+    if found != size:
+        raise CommandError(f"expected a CLIP tower with embeddings of {size} values, got {found}")
+    if args.text_strength:
+        guide.encode_text([args.positive, args.negative])  # fails now where there is no text tower
+    return guide
+
+
+def _schedule(name: str, blocks: int | None) -> Schedule:
+    if name == "full":
+        if blocks is not None:
+            raise UsageError("--blocks goes with --schedule block-major or layer-major")
+        return Full()
+    return BlockMajor(blocks or 1) if name == "block-major" else LayerMajor(blocks or 1)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+def _target_size(image: Tensor, longer: int) -> tuple[int, int]:
+    """(height, width) of the result whose longer side is given."""
+    height, width = image.shape[1:3]
+    factor = longer / max(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _yes(condition: bool) -> str:
+    return "yes" if condition else "no"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")

@@ -1,0 +1,331 @@
+"""The command line, with the tiny network of random weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from infdit_core import edm_sigmas, load_model, prepare, sample
+from infdit_core.__main__ import main
+from infdit_core.guidance import ClipGuide
+from infdit_core.image_io import read_image
+from tests.goldens import golden, golden_path
+
+FAST = ["--steps", "2", "--solver", "euler", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """One model that needs CLIP and has none, one that brings it, one that needs none."""
+    folder = tmp_path_factory.mktemp("models")
+    weights = golden("xs/model.safetensors")
+    tower = load_file(golden_path("e_clip/tiny_clip.safetensors"))
+    variants = {
+        "without": weights,
+        "with": weights | tower,
+        "none": {k: v for k, v in weights.items() if not k.startswith("cond_embed.")},
+    }
+    paths = {name: folder / f"{name}.safetensors" for name in variants}
+    for name, tensors in variants.items():
+        save_file(tensors, paths[name])
+    prefix = "image_encoder.model."
+    paths["clip"] = folder / "clip.safetensors"
+    save_file({k.removeprefix(prefix): v for k, v in tower.items()}, paths["clip"])
+    return paths
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "photo.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, quality=95)
+    return path
+
+
+def upscale(*args: object) -> int:
+    return main(["upscale", *FAST, *map(str, args)])
+
+
+def fails(capsys, *parts: str) -> None:
+    """The one line that a user error leaves on stderr."""
+    error = capsys.readouterr().err
+    assert error.startswith("infdit: error: "), error
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error
+
+
+def test_upscale_is_the_library_call(models, picture, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert upscale(picture, "-o", out, "--model", models["none"], "--seed", 7, "--scale", 3) == 0
+    canvas = prepare(read_image(picture)[0], 3, block_px=32)
+    x = sample(
+        load_model(models["none"]),
+        canvas.condition(),
+        edm_sigmas(2),
+        noise=torch.randn(canvas.concat.shape, generator=torch.Generator().manual_seed(7)),
+        solver="euler",
+    )
+    expected = (canvas.finish(x)[0] * 255).round().numpy()
+    assert np.array_equal(np.array(Image.open(out)), expected)
+    said = capsys.readouterr().out
+    assert "photo.jpg (14×9) -> " in said
+    assert "out.png (42×27), " in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--schedule", "block-major"], ["--schedule", "layer-major", "--blocks", "2"]],
+)
+def test_schedules_give_the_same_picture(models, picture, tmp_path, options):
+    arguments = (picture, "--model", models["none"], "--bit-depth", 16)
+    assert upscale(*arguments, "-o", tmp_path / "full.png") == 0
+    assert upscale(*arguments, "-o", tmp_path / "other.png", *options) == 0
+    full, other = (read_image(tmp_path / name)[0] for name in ("full.png", "other.png"))
+    assert (full - other).abs().max() < 1e-4
+    assert full.std() > 0.01
+
+
+def test_the_seed_chooses_the_picture(models, picture, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / f"{name}.png"
+        assert upscale(picture, "-o", out, "--model", models["none"], "--seed", seed) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_size_is_the_longer_side(models, picture, tmp_path):
+    assert upscale(picture, "-o", tmp_path / "a.tif", "--model", models["none"], "--size", 50) == 0
+    assert Image.open(tmp_path / "a.tif").size == (50, 32)
+
+
+def test_folders_and_alpha(models, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGBA", (5, 4), (255, 0, 0, 128)).save(folder / "clear.webp", lossless=True)
+    Image.new("L", (3, 6), 77).save(folder / "grey.png")
+    (folder / "notes.txt").write_text("not a picture")
+    assert upscale(folder, "-o", tmp_path / "new" / "out", "--model", models["none"]) == 0
+    results = {p.name: Image.open(p) for p in (tmp_path / "new" / "out").iterdir()}
+    assert {n: (p.mode, p.size) for n, p in results.items()} == {
+        "clear.png": ("RGBA", (20, 16)),
+        "grey.png": ("RGB", (12, 24)),
+    }
+
+
+def test_one_bad_picture_does_not_stop_the_others(models, picture, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    out = tmp_path / "out"
+    assert upscale(bad, picture, "-o", out, "--model", models["none"]) == 1
+    fails(capsys, "bad.png cannot be read as a picture", "1 of 2 pictures could not be upscaled")
+    assert [p.name for p in out.iterdir()] == ["photo.png"]
+
+
+def test_clip_from_the_model_file_and_from_another(models, picture, tmp_path):
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    assert upscale(picture, "-o", a, "--model", models["with"]) == 0
+    assert upscale(picture, "-o", b, "--model", models["without"], "--clip", models["clip"]) == 0
+    assert a.read_bytes() == b.read_bytes()
+    canvas = prepare(read_image(picture)[0], 4, block_px=32)
+    tower = {k.removeprefix("visual."): v for k, v in load_file(models["clip"]).items()}
+    guide = ClipGuide.from_state_dict({f"visual.{k}": v for k, v in tower.items()})
+    x = sample(
+        load_model(models["without"]),
+        canvas.condition(guide.guide(read_image(picture)[0])),
+        edm_sigmas(2),
+        noise=torch.randn(canvas.concat.shape, generator=torch.Generator().manual_seed(0)),
+        solver="euler",
+    )
+    assert np.array_equal(np.array(Image.open(a)), (canvas.finish(x)[0] * 255).round().numpy())
+
+
+def test_missing_clip(models, picture, tmp_path, capsys):
+    assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["without"]) == 1
+    fails(capsys, "without.safetensors needs a CLIP embedding", "--clip", "ViT-L-14")
+
+
+def test_text_without_a_text_tower(models, picture, tmp_path, capsys):
+    arguments = (picture, "-o", tmp_path / "a.png", "--text-strength", 2)
+    assert upscale(*arguments, "--model", models["with"]) == 1
+    fails(capsys, "text tower", "ViT-L-14")
+    assert upscale(*arguments, "--model", models["none"]) == 1
+    fails(capsys, "takes no CLIP embedding")
+
+
+def test_nothing_is_overwritten_unasked(models, picture, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    out.write_bytes(b"precious")
+    assert upscale(picture, "-o", out, "--model", models["none"]) == 1
+    fails(capsys, "out.png already exists", "--overwrite")
+    assert out.read_bytes() == b"precious"
+    assert upscale(picture, "-o", out, "--model", models["none"], "--overwrite") == 0
+    assert Image.open(out).size == (56, 36)
+    before = picture.read_bytes()
+    assert upscale(picture, "-o", picture, "--model", models["none"], "--overwrite") == 1
+    fails(capsys, "photo.jpg is an input; expected another --output")
+    assert picture.read_bytes() == before
+
+
+def test_user_errors_in_names(models, picture, tmp_path, capsys):
+    def check(*args: object, parts: tuple[str, ...]) -> None:
+        assert upscale(*args, "--model", models["none"]) == 1
+        fails(capsys, *parts)
+
+    twin = tmp_path / "photo.webp"
+    Image.open(picture).save(twin)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check(tmp_path / "no.png", "-o", "a.png", parts=("no.png does not exist",))
+    check(empty, "-o", tmp_path / "out", parts=("empty holds no picture", ".png"))
+    check(picture, "-o", tmp_path / "a.xyz", parts=("a.xyz: expected a name that ends in",))
+    check(picture, twin, "-o", tmp_path / "a.png", parts=("expected a folder",))
+    check(picture, twin, "-o", tmp_path / "out", parts=("2 pictures would be written to",))
+    check(picture, "-o", tmp_path / "a.png", "--scale", "0", parts=("factor", "got 0"))
+    check(picture, "-o", tmp_path / "a.webp", "--bit-depth", 16, parts=("expected .png",))
+    check(picture, "-o", tmp_path / "a.png", "--device", "toaster", parts=("--device toaster",))
+    check(picture, "-o", tmp_path / "a.png", "--device", "meta:x", parts=("--device meta:x",))
+
+
+def test_bad_models(picture, tmp_path, capsys):
+    text = tmp_path / "text.pt"
+    text.write_text("hello")
+    for model, part in ((text, "is a text file"), (tmp_path / "no.pt", "does not exist")):
+        assert upscale(picture, "-o", tmp_path / "a.png", "--model", model) == 1
+        fails(capsys, part)
+        assert main(["inspect", str(model)]) == 1
+        fails(capsys, part)
+
+
+def test_debug_shows_the_traceback(picture, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["inspect", str(tmp_path / "no.pt"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "COMMAND"),
+        (["shrink"], "shrink"),
+        (["upscale", "a.png"], "-o/--output"),
+        (["upscale", "a.png", "-o", "b", "--model", "m", "--steps", "0"], "at least 1, got '0'"),
+        (["upscale", "a.png", "-o", "b", "--model", "m", "--seed", "-1"], "2^64 - 1"),
+        (["upscale", "a", "-o", "b", "--model", "m", "--scale", "2", "--size", "9"], "not allowed"),
+        (["upscale", "a.png", "-o", "b", "--model", "m", "--blocks", "2"], "--schedule"),
+    ],
+)
+def test_usage_errors(args, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(args)
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interrupted(models, picture, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("infdit_core.commands.sample", interrupt)
+    assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 130
+    assert capsys.readouterr().err == "infdit: interrupted\n"
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_out_of_memory_names_the_way_out(models, picture, tmp_path, monkeypatch, capsys):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("infdit_core.commands.sample", too_large)
+    assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
+    fails(capsys, "photo.jpg", "too small for --schedule full", "block-major or layer-major")
+
+
+def test_progress_counts_steps_and_chunks(models, picture, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, desc, total=None, **options):
+            self.desc, self.total, self.n, self.seen, self.closed = desc, total, 0, [], False
+            bars.append(self)
+
+        def update(self, n):
+            self.n += n
+            self.seen.append((self.n, self.total))
+
+        def reset(self, total):
+            self.n, self.total = 0, total
+
+        def set_postfix_str(self, text):
+            pass
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    arguments = ["upscale", picture, "-o", tmp_path / "a.png", "--model", models["none"]]
+    # 56×36 px are 2×2 blocks of 32 px; four layers; three evaluations for two steps of heun
+    options = ["--steps", 2, "--schedule", "block-major", "--device", "cpu"]
+    assert main([str(a) for a in arguments + options]) == 0
+    steps, cells = bars
+    assert steps.desc == "photo.jpg"
+    assert steps.seen == [(1, 2), (2, 2)]
+    assert cells.seen == [(n, 16) for n in range(1, 17)] * 3
+    assert steps.closed
+    assert cells.closed
+
+
+def test_inspect(models, capsys):
+    assert main(["inspect", str(models["with"])]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "with.safetensors: a complete Inf-DiT\n",
+        "hidden_size: 64\n",
+        "num_layers: 4\n",
+        "block_px: 32\n",
+        "vector_size: 16\n",
+        "dtype: float32 (",
+        "clip image tower: yes\n",
+        "clip text tower: no\n",
+        "unknown tensors: none\n",
+    ):
+        assert line in said
+    count = sum(p.numel() for p in load_model(models["with"]).parameters())
+    assert f"parameters: {count:,}\n" in said
+
+
+def test_convert_then_inspect(models, tmp_path, capsys):
+    source = golden_path("xs/mp_rank_00_model_states.pt")
+    target = tmp_path / "small.safetensors"
+    assert main(["convert", str(source), str(target), "--dtype", "bf16"]) == 0
+    assert "small.safetensors: " in capsys.readouterr().out
+    assert main(["inspect", str(target)]) == 0
+    said = capsys.readouterr().out
+    assert "dtype: bfloat16 (" in said
+    assert "infdit.source: mp_rank_00_model_states.pt" in said
+    assert main(["convert", str(source), str(target)]) == 1
+    fails(capsys, "already exists")
+    assert main(["convert", str(source), str(target), "--overwrite"]) == 0
+
+
+def test_as_a_program(models):
+    """Exit status and streams of the real process, which imports open_clip only when it is used."""
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-X", "importtime", "-m", "infdit_core", *args]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        )
+
+    shown = run("inspect", str(models["none"]))
+    assert shown.returncode == 0
+    assert "a complete Inf-DiT" in shown.stdout
+    assert "open_clip" not in shown.stderr
+    assert "PIL" not in shown.stderr
+    failed = run("inspect", "no.pt")
+    assert failed.returncode == 1
+    assert failed.stdout == ""
