@@ -100,3 +100,14 @@ def test_open_clip_is_imported_only_when_used():
         "assert not {'open_clip', 'torchvision', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=GOLDEN.parents[1])
+
+
+def test_the_released_model_has_no_text_tower():
+    """It keeps the token embedding and the projection that the text tower had."""
+    tensors = read_clip(TOWER) | {
+        "token_embedding.weight": torch.zeros(100, 32),
+        "positional_embedding": torch.zeros(77, 32),
+        "text_projection": torch.zeros(32, 16),
+        "logit_scale": torch.zeros(()),
+    }
+    assert not ClipGuide.from_state_dict(tensors, head_width=HEAD_WIDTH).has_text
