@@ -37,9 +37,8 @@ class Photos:
     def _one(self, generator: np.random.Generator) -> Tensor:
         picture = self._pictures[generator.choice(len(self._pictures), p=self._weights)]
         top, left = (int(generator.integers(side - self._crop + 1)) for side in picture.shape[:2])
-        crop = np.rot90(
-            picture[top : top + self._crop, left : left + self._crop], generator.integers(4)
-        )
+        crop = np.asarray(picture[top : top + self._crop, left : left + self._crop])
+        crop = np.rot90(crop, int(generator.integers(4)))
         if generator.integers(2):
             crop = crop[:, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Write the averaged weights of a run as a checkpoint: python training/export.py RUN OUT
+"""Write the averaged weights of a run as a checkpoint: python -m training.export RUN OUT
 
 The file has the release's key names, bf16 weights, and how the model was trained as metadata.
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from train import STATE, Settings
 
 from infdit_core.checkpoint import release_state_dict
+from training.train import STATE, Settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--commit", help="of the trainer; that of this checkout if left out")
@@ -48,7 +48,9 @@ def export(run: Path, out: Path, commit: str | None = None) -> None:
 def _head() -> str:
     command = ["git", "rev-parse", "HEAD"]
     root = Path(__file__).parent
-    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

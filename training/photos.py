@@ -1,4 +1,4 @@
-"""Collect the training photographs: python training/photos.py OUT [--wheel FILE ...]
+"""Collect the training photographs: python -m training.photos OUT [--wheel FILE ...]
 
 Takes the pictures named in photos.tsv from Debian's packages and every still picture of the given
 wheels (comfyui-workflow-templates-media-image and -video), reduces them so that they are crisp at
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--wheel", type=Path, action="append", default=[])
     args = parser.parse_args()
@@ -69,7 +69,7 @@ def wheel_pictures(wheel: Path) -> Iterator[tuple[str, Image.Image]]:
 def save(path: Path, picture: Image.Image, reduction: float) -> None:
     picture = picture.convert("RGB")
     factor = max(reduction, max(picture.size) / MAX_SIDE_PX)
-    size = tuple(round(side / factor) for side in picture.size)
+    size = round(picture.width / factor), round(picture.height / factor)
     if min(size) < MIN_SIDE_PX:
         logger.info("skipped %s: %s is too small", path.stem, picture.size)
         return

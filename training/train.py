@@ -1,7 +1,7 @@
-"""Train a small Inf-DiT: python training/train.py RUN --photos FOLDER
+"""Train a small Inf-DiT: python -m training.train RUN --photos FOLDER
 
-EDM training (arXiv 2206.00364) of the network of arXiv 2405.04312 on crops of whole blocks. RUN is a
-folder; calling again with the same one resumes after a kill without loss.
+EDM training (arXiv 2206.00364) of the network of arXiv 2405.04312 on crops of whole blocks. RUN is
+a folder; calling again with the same one resumes after a kill without loss.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import os
 import signal
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import Photos, condition, reduce_bicubic
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from infdit_core.edm import edm_sigmas, loss_weight
 from infdit_core.model import InfDiT
 from infdit_core.sampling import sample
 from infdit_core.schedule import Full
+from training.data import Photos, condition, reduce_bicubic
 
 STATE = "state.pt"
 LOG = "log.csv"
@@ -139,9 +140,7 @@ class Trainer:
         return Condition(cond.concat * mask, cond.lr * mask, origin=cond.origin)
 
     def _to_device(self, cond: Condition) -> Condition:
-        return Condition(
-            cond.concat.to(self.device), cond.lr.to(self.device), origin=cond.origin
-        )
+        return Condition(cond.concat.to(self.device), cond.lr.to(self.device), origin=cond.origin)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -234,14 +233,14 @@ def run(folder: Path, trainer: Trainer, test: Tensor, stop_at: int, every: int) 
 
 
 def write_log(path: Path, trainer: Trainer, sigma: Tensor, loss: Tensor, seconds: float) -> None:
-    names = [f"loss_{low}_{high}" for low, high in zip(LEVELS, LEVELS[1:], strict=False)]
+    names = [f"loss_{low}_{high}" for low, high in pairwise(LEVELS)]
     row = {
         "step": trainer.step,
         "loss": loss.mean().item(),
         "rate": trainer.settings.rate(trainer.step),
         "seconds_per_step": round(seconds, 4),
     }
-    for name, low, high in zip(names, LEVELS, LEVELS[1:], strict=False):
+    for name, (low, high) in zip(names, pairwise(LEVELS), strict=True):
         chosen = loss[(sigma >= low) & (sigma < high)]
         row[name] = chosen.mean().item() if len(chosen) else ""
     new = not path.exists()
@@ -255,7 +254,7 @@ def write_log(path: Path, trainer: Trainer, sigma: Tensor, loss: Tensor, seconds
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the run; resumed if it holds one")
     parser.add_argument("--photos", type=Path, required=True, help="what photos.py made")
     parser.add_argument("--stop-at", type=int, help="stop after this step, to go on later")

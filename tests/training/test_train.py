@@ -1,0 +1,87 @@
+"""The trainer: resuming loses nothing, and what it exports is a checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from infdit_core.checkpoint import load_model, open_checkpoint
+from training import export
+from training.data import Photos, condition, reduce_bicubic
+from training.train import STATE, Settings, Trainer
+
+TINY = Settings(
+    hidden_size=16, num_layers=2, num_heads=2, crop_px=64, batch_size=2, warmup_steps=2,
+    total_steps=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i in range(3):
+        np.save(folder / f"{i}.npy", generator.integers(256, size=(80, 90, 3), dtype=np.uint8))
+    return Photos(folder, TINY.crop_px)
+
+
+def trainer(photos):
+    return Trainer(TINY, photos, torch.device("cpu"))
+
+
+def test_resuming_equals_never_stopping(photos, tmp_path):
+    whole = trainer(photos)
+    losses = [whole.train_step()[1] for _ in range(5)]
+
+    first = trainer(photos)
+    for _ in range(3):
+        first.train_step()
+    first.save(tmp_path / STATE)
+    second = trainer(photos)
+    second.load(tmp_path / STATE)
+    assert second.step == 3
+    for expected in losses[3:]:
+        assert torch.equal(second.train_step()[1], expected)
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, value in whole.ema.items():
+        assert torch.equal(value, second.ema[name]), name
+
+
+def test_training_lowers_the_loss_of_its_own_batch(photos):
+    run = trainer(photos)
+    assert run.train_step()[1].mean() == pytest.approx(1, rel=0.5)  # EDM: 1 at every sigma at first
+    start = {k: v.clone() for k, v in run.model.state_dict().items()}
+    for _ in range(5):
+        run.train_step()
+    changed = [k for k, v in run.model.state_dict().items() if not torch.equal(v, start[k])]
+    assert len(changed) == len(start), "a parameter is not trained"
+
+
+def test_an_export_is_a_checkpoint_with_its_history(photos, tmp_path):
+    run = trainer(photos)
+    for _ in range(2):
+        run.train_step()
+    run.save(tmp_path / STATE)
+    export.export(tmp_path, tmp_path / "model.safetensors", commit="abc")
+    model = load_model(tmp_path / "model.safetensors")
+    assert model.config == TINY.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, run.ema[name].bfloat16().float()), name
+    with open_checkpoint(tmp_path / "model.safetensors") as checkpoint:
+        assert checkpoint.metadata["infdit.steps"] == "2"
+        assert json.loads(checkpoint.metadata["infdit.training"])["batch_size"] == 2
+
+
+def test_degradation_keeps_the_picture_in_place():
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    cond = condition(reduce_bicubic(ramp))
+    assert cond.lr.shape == (1, 3, 16, 16)
+    torch.testing.assert_close(cond.concat[..., 8:-8], ramp[..., 8:-8], atol=0.01, rtol=0)
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    rates = [TINY.rate(step) for step in range(TINY.total_steps + 1)]
+    assert rates[0] < rates[1] == TINY.learning_rate
+    assert rates[-1] == pytest.approx(TINY.learning_rate / 100)
