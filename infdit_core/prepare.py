@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from .condition import Condition
 from .config import LR_SCALE
 
+MAX_SHRINK = 4
+"""A smaller result would need more padding than picture."""
+
 
 class PreparationError(ValueError):
     """The picture or the size asked for cannot be worked on."""
@@ -73,6 +76,11 @@ def prepare(
         size = target_size(source_size, upscale_by)
     if min(size) < 1:
         raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
+    if any(target < side // MAX_SHRINK for target, side in zip(size, source_size, strict=True)):
+        raise PreparationError(
+            f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
+            f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
+        )
 
     pixels = image.float().permute(0, 3, 1, 2).clamp(0, 1)
     alpha = None

@@ -119,3 +119,10 @@ def test_passes_end_at_the_target_in_steps_of_at_most_four(source, factor, count
     assert sizes[-1] == target
     for before, after in pairwise([source, *sizes]):
         assert all(b <= 4 * a + 2 for a, b in zip(before, after, strict=True))
+
+
+def test_shrinking_has_a_limit():
+    """The padding of one block, counted in source pixels, would grow without bound."""
+    assert prepare(torch.rand(1, 41, 7, 3), 0.25).height == 10
+    with pytest.raises(PreparationError, match="at least 1/4 of the picture's 41×41 px, got 41×9"):
+        prepare(torch.rand(1, 41, 41, 3), size=(41, 9))
