@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tools import comfy_server, environment
-from tools.comfy_server import PACK_FOLDER, ComfyError, free_port, make_base
-from tools.dev import PHOTO, SCALE, WORKFLOW, png_size
+from tools.comfy_server import PACK_FOLDER, ComfyError, child_environment, free_port, make_base
+from tools.dev import PHOTO, SCALE, WORKFLOW, _call, png_size
 from tools.environment import (
     Environment,
     SetupError,
@@ -105,9 +105,10 @@ def test_interrupted_setup_starts_afresh(monkeypatch: pytest.MonkeyPatch, tmp_pa
     calls = []
 
     def make(made: Environment):
-        assert not (made.folder / "half").exists()
+        assert not made.python.exists()
         calls.append(made)
-        (made.folder / "half").touch()
+        made.python.parent.mkdir(parents=True)
+        made.python.touch()
         if len(calls) == 1:
             raise KeyboardInterrupt
 
@@ -117,6 +118,9 @@ def test_interrupted_setup_starts_afresh(monkeypatch: pytest.MonkeyPatch, tmp_pa
     first = environment.environment()
     assert environment.environment() == first
     assert len(calls) == 2
+    first.python.unlink()  # as when the Python that it links to is uninstalled
+    assert environment.environment() == first
+    assert len(calls) == 3
 
 
 def test_failed_step_shows_the_end_of_its_output(tmp_path: Path):
@@ -204,3 +208,30 @@ def test_command_line(arguments: list[str], code: int):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_exit_code_of_the_tests_is_passed_on():
+    assert _call([sys.executable, "-c", "raise SystemExit(7)"], ROOT, child_environment()) == 7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_terminated_command_lets_its_child_clean_up(tmp_path: Path):
+    """Else a terminated test run leaves its ComfyUI behind."""
+    child = (
+        "import time\n"
+        "try:\n    print('up', flush=True); time.sleep(60)\n"
+        f"except KeyboardInterrupt: open({str(tmp_path / 'cleaned')!r}, 'w')"
+    )
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import signal\n"
+        "from tools.dev import _call\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"_call([sys.executable, '-c', {child!r}], '.', dict(os.environ))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(30) == 143
+    assert (tmp_path / "cleaned").exists()

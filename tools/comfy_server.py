@@ -5,6 +5,7 @@ Shared by `tools/dev.py demo` and the `comfy_server` fixture of the tests.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -149,8 +150,6 @@ class ComfyServer:
         start = time.monotonic()
         while prompt_id not in (history := self._json(f"/history/{prompt_id}")):
             elapsed = time.monotonic() - start
-            if self.process.poll() is not None:
-                raise ComfyError(f"ComfyUI ended during the workflow.\n{self._log_tail()}")
             if timeout is not None and elapsed > timeout:
                 raise ComfyError(f"Expected the workflow to end within {timeout:g} s.")
             if progress is not None:
@@ -228,8 +227,10 @@ class ComfyServer:
                 return response.read()
         except urllib.error.HTTPError as error:
             raise ComfyError(_refusal(error.read(), f"{path}: {error}")) from None
-        except OSError as error:
-            raise ComfyError(f"Expected an answer from {self.url}{path}; got: {error}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ComfyError(
+                f"Expected an answer from {self.url}{path}; got: {error}\n{self._log_tail()}"
+            ) from None
 
 
 @contextmanager

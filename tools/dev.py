@@ -12,11 +12,13 @@ if sys.version_info < (3, 11):
 import argparse
 import hashlib
 import json
+import os
 import signal
 import struct
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -116,7 +118,7 @@ def test(made: Environment, extra: list[str]) -> int:
     # pytest takes the last of a repeated option, so the caller's come after ours.
     defaults = ["-m", "not slow and not gpu", "--timeout", str(_TEST_SECONDS)]
     command = [made.python, "-m", "pytest", *defaults, *extra]
-    return subprocess.run(command, cwd=ROOT, env=made.variables(), check=False).returncode
+    return _call(command, ROOT, made.variables())
 
 
 def comfyui(made: Environment, extra: list[str]) -> int:
@@ -126,7 +128,20 @@ def comfyui(made: Environment, extra: list[str]) -> int:
     command = server_command(made.python, made.comfyui, base, free_port(_COMFYUI_PORT))
     command += [*device_arguments(made), *extra]
     print(f"Models, input and output are under {base}", flush=True)
-    return subprocess.run(command, cwd=made.comfyui, env=made.variables(), check=False).returncode
+    return _call(command, made.comfyui, made.variables())
+
+
+def _call(command: Sequence[str | Path], folder: Path, variables: dict[str, str]) -> int:
+    """Run a command in the terminal's foreground, to its own end; returns its exit code."""
+    with subprocess.Popen(command, cwd=folder, env=variables) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # Ctrl-C reached the command too: let it stop what it has started
+            except SystemExit:  # SIGTERM reached this process alone
+                process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+                raise
 
 
 def device_arguments(made: Environment) -> list[str]:

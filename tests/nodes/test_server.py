@@ -1,11 +1,12 @@
 """The pack in a real ComfyUI server."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.goldens import GOLDEN
-from tools.comfy_server import ComfyError, ComfyServer
+from tools.comfy_server import ComfyError, ComfyServer, running_server
 from tools.dev import png_size
 
 pytestmark = pytest.mark.comfy
@@ -71,6 +72,24 @@ def test_uploaded_picture_comes_back_saved(comfy_server: ComfyServer, tmp_path: 
     name = comfy_server.upload_image(made[0])
     saved = comfy_server.output_files(comfy_server.submit(picture_workflow(name), timeout=60))
     assert [png_size(p) for p in saved] == [(48, 16)]
+
+
+def test_server_that_ends_shows_its_log(comfy_source: Path, tmp_path: Path):
+    argument = ["--no-such-argument"]
+    with (
+        pytest.raises(ComfyError, match=r"ended with code 2[\s\S]*--no-such-argument"),
+        running_server(Path(sys.executable), comfy_source, tmp_path, arguments=argument),
+    ):
+        pass
+
+
+def test_interrupted_workflow_says_so(comfy_server: ComfyServer):
+    workflow = empty_workflow(2048)
+    workflow["grey"]["inputs"] |= {"height": 2048, "batch_size": 8}
+    prompt = comfy_server.queue(workflow)
+    comfy_server.interrupt()
+    with pytest.raises(ComfyError, match="was interrupted"):
+        comfy_server.wait(prompt, timeout=60)
 
 
 def test_refused_workflow_says_what_is_wrong(comfy_server: ComfyServer):
