@@ -104,7 +104,8 @@ def demo(made: Environment) -> int:
     if not pictures:
         raise ComfyError("Expected the workflow to save a picture; it saved none.")
     for picture in pictures:
-        if (size := png_size(picture)) != expected:
+        size = png_size(picture)
+        if size != expected:
             raise ComfyError(
                 f"Expected {expected[0]}x{expected[1]} px in {picture}; got {size[0]}x{size[1]}."
             )
