@@ -23,6 +23,8 @@ from .pickle_reader import TensorSlice, read_index
 
 logger = logging.getLogger(__name__)
 
+BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
+"""Where the small model lies that comes with the pack."""
 EXPECTED = (
     "expected an Inf-DiT checkpoint: the release's mp_rank_00_model_states.pt (or another .pt "
     "file that torch.save wrote), or a .safetensors file"

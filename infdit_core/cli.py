@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .checkpoint import BUNDLED_FOLDER
 from .commands import DTYPES, convert_file, inspect, upscale
 from .sampling import SOLVERS
 
@@ -44,7 +45,10 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         " result gets its picture's name and .png",
     )
     parser.add_argument(
-        "--model", type=Path, required=True, help=".safetensors, or the release's .pt"
+        "--model",
+        type=Path,
+        default=BUNDLED_FOLDER / "infdit_small.safetensors",
+        help=".safetensors, or the release's .pt (default: the small model of this pack)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
     parser.add_argument(
@@ -60,7 +64,7 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         "--scale",
         type=float,
         default=4.0,
-        help="how many times wider and higher; the model was trained for 4 (default: %(default)g)",
+        help="how many times wider and higher, above 4 in several passes (default: %(default)g)",
     )
     target.add_argument("--size", type=_positive, help="the longer side in pixels, instead")
 

@@ -26,7 +26,7 @@ from .edm import edm_sigmas
 from .guidance import ClipGuide, read_clip
 from .image_io import READABLE, ImageError, check_writable, read_image, write_image
 from .model import InfDiT
-from .prepare import PreparationError, prepare
+from .prepare import PreparationError, pass_sizes, prepare, target_size
 from .sampling import Step, sample
 from .schedule import BlockMajor, Full, LayerMajor, Schedule
 
@@ -84,32 +84,48 @@ def _upscale_picture(
     started = time.monotonic()
     image, info = read_image(source)
     check_writable(target, alpha=image.shape[-1] == 4, bit_depth=args.bit_depth)
-    size = _target_size(image, args.size) if args.size else None
-    canvas = prepare(image, args.scale, size=size, block_px=model.config.block_px)
-    device = next(model.parameters()).device
+    source_size = image.shape[1], image.shape[2]
+    factor = args.size / max(source_size) if args.size else args.scale
+    sizes = pass_sizes(source_size, target_size(source_size, factor))
     vector = None
     if guide:
         vector = guide.guide(image, args.positive, args.negative, args.text_strength)
-    cond = canvas.condition(vector)
-    # On the CPU, so that the device does not change the picture.
-    noise = torch.randn(cond.concat.shape, generator=torch.Generator().manual_seed(args.seed))
-    with _Progress(source.name, args.steps) as progress:
-        result = sample(
-            model,
-            Condition(cond.concat.to(device), cond.lr.to(device), cond.vector),
-            edm_sigmas(args.steps),
-            noise=noise,
-            solver=args.solver,
-            schedule=schedule,
-            callback=progress.step,
-            progress=progress.cells,
-        )
-    write_image(target, canvas.finish(result), bit_depth=args.bit_depth, info=info)
-    height, width = image.shape[1:3]
+    picture = image
+    with _Progress(source.name, args.steps * len(sizes)) as progress:
+        for size in sizes:
+            picture = _one_pass(model, schedule, picture, size, vector, progress, args)
+    write_image(target, picture, bit_depth=args.bit_depth, info=info)
+    (height, width), (to_height, to_width) = source_size, sizes[-1]
     _say(
-        f"{source} ({width}×{height}) -> {target} ({canvas.width}×{canvas.height}),"
+        f"{source} ({width}×{height}) -> {target} ({to_width}×{to_height}),"
         f" {time.monotonic() - started:.1f} s"
     )
+
+
+def _one_pass(
+    model: InfDiT,
+    schedule: Schedule,
+    picture: Tensor,
+    size: tuple[int, int],
+    vector: Tensor | None,
+    progress: _Progress,
+    args: argparse.Namespace,
+) -> Tensor:
+    canvas = prepare(picture, size=size, block_px=model.config.block_px)
+    device = next(model.parameters()).device
+    # On the CPU, so that the device does not change the picture.
+    noise = torch.randn(canvas.concat.shape, generator=torch.Generator().manual_seed(args.seed))
+    result = sample(
+        model,
+        Condition(canvas.concat.to(device), canvas.lr.to(device), vector),
+        edm_sigmas(args.steps),
+        noise=noise,
+        solver=args.solver,
+        schedule=schedule,
+        callback=progress.step,
+        progress=progress.cells,
+    )
+    return canvas.finish(result.cpu())
 
 
 class _Progress:
@@ -124,7 +140,7 @@ class _Progress:
 
     def step(self, step: Step) -> None:
         self._steps.set_postfix_str(f"sigma {step.sigma:.3g}")
-        self._steps.update(step.index + 1 - self._steps.n)
+        self._steps.update(1)
 
     def cells(self, done: int, total: int) -> None:
         if done <= self._cells.n or self._cells.total is None:
@@ -253,13 +269,6 @@ def _device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name} cannot be used here: {reason}") from error
     return device
-
-
-def _target_size(image: Tensor, longer: int) -> tuple[int, int]:
-    """(height, width) of the result whose longer side is given."""
-    height, width = image.shape[1:3]
-    factor = longer / max(height, width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _yes(condition: bool) -> str:

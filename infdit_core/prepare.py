@@ -91,7 +91,7 @@ def prepare(
 
     padded = tuple(math.ceil(side / block_px) * block_px for side in size)
     scale = tuple(target / side for target, side in zip(size, source_size, strict=True))
-    source = _extend(source, *(_reach(p, s) for p, s in zip(padded, scale, strict=True)))
+    source = _extend(source, *map(_reach, size, padded, scale))
     concat = _resize(source, scale, padded).clamp(-1, 1)
     lr_scale = tuple(s / LR_SCALE for s in scale)
     lr = _resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
@@ -138,12 +138,14 @@ def _check(image: Tensor) -> None:
         raise PreparationError("expected finite pixels in 0..1, got NaN or infinity among them")
 
 
-def _reach(target: int, scale: float) -> int:
-    """Source pixels that resizing by `scale` turns into at least `target`."""
-    reach = math.ceil(target / scale - 1e-9)  # 75 · (300 / 75) is not exactly 300 in floats
-    while math.floor(reach * scale) < target:
+def _reach(target: int, padded: int, scale: float) -> int:
+    """Source pixels that resizing by `scale` turns into at least `padded`."""
+    reach = math.ceil(padded / scale - 1e-9)  # 75 · (300 / 75) is not exactly 300 in floats
+    while math.floor(reach * scale) < padded:
         reach += 1
-    return reach
+    if padded == target:
+        return reach  # what lies beyond the picture's own edge is no business of the kernel's
+    return reach + 2 * math.ceil(max(1, LR_SCALE / scale))  # the reach of the bicubic kernel
 
 
 def _extend(x: Tensor, height: int, width: int) -> Tensor:

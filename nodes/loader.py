@@ -10,7 +10,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..infdit_core.checkpoint import CheckpointError, clip_state_dict, open_checkpoint
+from ..infdit_core.checkpoint import (
+    BUNDLED_FOLDER,
+    CheckpointError,
+    clip_state_dict,
+    open_checkpoint,
+)
 from ..infdit_core.guidance import GuidanceError, read_clip
 from .clip import PatchedClip
 from .comfy_model import CLIP_ATTACHMENT, load_patcher
@@ -18,14 +23,13 @@ from .types import CATEGORY, Clip
 
 _FOLDER = "infdit"
 _EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
-_BUNDLED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
 _CLIP_FOLDERS = ("clip_vision", "text_encoders", _FOLDER)
 _DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 folder_paths.add_model_folder_path(
     _FOLDER, os.path.join(folder_paths.models_dir, _FOLDER), is_default=True
 )
-folder_paths.add_model_folder_path(_FOLDER, _BUNDLED)
+folder_paths.add_model_folder_path(_FOLDER, str(BUNDLED_FOLDER))
 folder_paths.folder_names_and_paths[_FOLDER][1].update(_EXTENSIONS)
 
 
