@@ -84,12 +84,15 @@ def test_server_that_ends_shows_its_log(comfy_source: Path, tmp_path: Path):
 
 
 def test_interrupted_workflow_says_so(comfy_server: ComfyServer):
-    workflow = empty_workflow(2048)
-    workflow["grey"]["inputs"] |= {"height": 2048, "batch_size": 8}
+    workflow = empty_workflow(512)
+    for i in range(150):  # cancelling takes effect between nodes: have many
+        image = [f"invert{i - 1}" if i else "grey", 0]
+        workflow[f"invert{i}"] = {"class_type": "ImageInvert", "inputs": {"image": image}}
+    workflow["save"]["inputs"]["images"] = ["invert149", 0]
     prompt = comfy_server.queue(workflow)
-    comfy_server.interrupt()
     with pytest.raises(ComfyError, match="was interrupted"):
-        comfy_server.wait(prompt, timeout=60)
+        # a single request may come before the workflow starts, which forgets it
+        comfy_server.wait(prompt, timeout=60, progress=lambda _: comfy_server.interrupt())
 
 
 def test_refused_workflow_says_what_is_wrong(comfy_server: ComfyServer):
