@@ -85,10 +85,10 @@ def test_server_that_ends_shows_its_log(comfy_source: Path, tmp_path: Path):
 
 def test_interrupted_workflow_says_so(comfy_server: ComfyServer):
     workflow = empty_workflow(512)
-    for i in range(150):  # cancelling takes effect between nodes: have many
+    for i in range(300):  # cancelling takes effect between nodes: have many
         image = [f"invert{i - 1}" if i else "grey", 0]
         workflow[f"invert{i}"] = {"class_type": "ImageInvert", "inputs": {"image": image}}
-    workflow["save"]["inputs"]["images"] = ["invert149", 0]
+    workflow["save"]["inputs"]["images"] = ["invert299", 0]
     prompt = comfy_server.queue(workflow)
     with pytest.raises(ComfyError, match="was interrupted"):
         # a single request may come before the workflow starts, which forgets it
