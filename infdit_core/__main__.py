@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from torch import OutOfMemoryError
 
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A file name that the terminal cannot show must not fail a finished picture.
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     try:
         return args.command(args)

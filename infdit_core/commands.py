@@ -51,7 +51,12 @@ def upscale(args: argparse.Namespace) -> int:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     guide = _guide(args, device)
     for _, target in jobs:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(
+                f"{target.parent} cannot be made ({error.strerror}); expected a folder to write to"
+            ) from error
         check_writable(target, alpha=False, bit_depth=args.bit_depth)
     model = load_model(args.model, device, dtype)
     failures = 0
@@ -63,7 +68,9 @@ def upscale(args: argparse.Namespace) -> int:
                 raise
             failures += 1
             sys.stderr.write(f"infdit: error: {source}: {error}\n")
-        except OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise CommandError(
                 f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
                 " try block-major or layer-major with few --blocks"
@@ -125,6 +132,11 @@ def _one_pass(
         callback=progress.step,
         progress=progress.cells,
     )
+    if not result.isfinite().all():
+        raise CommandError(
+            "expected finite pixels from the network, got NaN or infinity;"
+            " try --dtype fp32, or another --model"
+        )
     return canvas.finish(result.cpu())
 
 
@@ -214,15 +226,21 @@ def _jobs(inputs: list[Path], output: Path, overwrite: bool) -> list[tuple[Path,
         targets = [output]
     else:
         targets = [output / f"{source.stem}.png" for source in sources]
-    originals = {source.resolve() for source in sources}
+    # By identity: on some systems names that differ in case mean one file.
+    originals = {_identity(source) for source in sources}
     for target, times in Counter(targets).items():
         if times > 1:
             raise CommandError(f"{times} pictures would be written to {target}; rename them")
-        if target.resolve() in originals:
+        if target.exists() and _identity(target) in originals:
             raise CommandError(f"{target} is an input; expected another --output")
         if target.exists() and not overwrite:
             raise CommandError(f"{target} already exists; expected another --output or --overwrite")
     return list(zip(sources, targets, strict=True))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:
@@ -264,11 +282,16 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name} cannot be used here: {reason}") from error
     return device
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a bare RuntimeError that names its allocator.
+    return isinstance(error, OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _yes(condition: bool) -> str:

@@ -1,5 +1,6 @@
 """The command line, with the tiny network of random weights."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -184,12 +185,16 @@ def test_user_errors_in_names(models, picture, tmp_path, capsys):
     check(tmp_path / "no.png", "-o", "a.png", parts=("no.png does not exist",))
     check(empty, "-o", tmp_path / "out", parts=("empty holds no picture", ".png"))
     check(picture, "-o", tmp_path / "a.xyz", parts=("a.xyz: expected a name that ends in",))
+    (tmp_path / "plain").write_text("a file")
+    check(picture, "-o", tmp_path / "plain", parts=("plain cannot be made", "a folder"))
+    check(picture, "-o", tmp_path / "plain" / "a.png", parts=("plain cannot be made",))
     check(picture, twin, "-o", tmp_path / "a.png", parts=("expected a folder",))
     check(picture, twin, "-o", tmp_path / "out", parts=("2 pictures would be written to",))
     check(picture, "-o", tmp_path / "a.png", "--scale", "0", parts=("factor", "got 0"))
     check(picture, "-o", tmp_path / "a.webp", "--bit-depth", 16, parts=("expected .png",))
     check(picture, "-o", tmp_path / "a.png", "--device", "toaster", parts=("--device toaster",))
     check(picture, "-o", tmp_path / "a.png", "--device", "meta:x", parts=("--device meta:x",))
+    check(picture, "-o", tmp_path / "a.png", "--device", "meta", parts=("--device meta cannot",))
 
 
 def test_bad_models(picture, tmp_path, capsys):
@@ -243,6 +248,28 @@ def test_out_of_memory_names_the_way_out(models, picture, tmp_path, monkeypatch,
     monkeypatch.setattr("infdit_core.commands.sample", too_large)
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
     fails(capsys, "photo.jpg", "too small for --schedule full", "block-major or layer-major")
+
+
+def test_out_of_memory_on_the_cpu(models, picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("infdit_core.commands.sample", lambda *a, **k: torch.empty(2**55))
+    assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
+    fails(capsys, "the memory of cpu is too small for --schedule full")
+
+
+def test_a_network_that_overflows_is_an_error(models, picture, tmp_path, capsys):
+    weights = load_file(models["none"])
+    weights["mixins.final_layer.linear.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "nan.safetensors")
+    assert upscale(picture, "-o", tmp_path / "a.png", "--model", tmp_path / "nan.safetensors") == 1
+    fails(capsys, "expected finite pixels", "--dtype fp32")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_an_input_by_another_name_is_kept(models, picture, tmp_path, capsys):
+    other = tmp_path / "other.jpg"
+    other.hardlink_to(picture)
+    assert upscale(picture, "-o", other, "--model", models["none"], "--overwrite") == 1
+    fails(capsys, "other.jpg is an input")
 
 
 def test_progress_counts_steps_and_chunks(models, picture, tmp_path, monkeypatch):
@@ -310,6 +337,15 @@ def test_convert_then_inspect(models, tmp_path, capsys):
     assert main(["convert", str(source), str(target)]) == 1
     fails(capsys, "already exists")
     assert main(["convert", str(source), str(target), "--overwrite"]) == 0
+
+
+def test_a_name_that_the_terminal_cannot_show(models, picture, tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    source = picture.rename(tmp_path / "φ.jpg")
+    assert upscale(source, "-o", tmp_path / "a.png", "--model", models["none"]) == 0
+    stream.flush()
+    assert b"\\u03c6.jpg (14\\xd79) -> " in stream.buffer.getvalue()
 
 
 def test_as_a_program(models):
