@@ -87,15 +87,23 @@ class BlockAttention(nn.Module):
         self.dense = ops.Linear(h, h, **factory)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, frontier: Frontier, chunk: Chunk, attend: Attend
+        self,
+        tokens: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        rotary: Rotary,
+        frontier: Frontier,
+        chunk: Chunk,
+        attend: Attend,
     ) -> Tensor:
-        b, r, c, t, _ = x.shape
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        b, r, c, t, _ = tokens.shape
+        qkv = self.qkv(modulate(normalize(tokens), shift, scale))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
         bordered[0, :, 1:, 1:] = self._place(k, rotary)
         bordered[1, :, 1:, 1:] = v.transpose(-3, -2)
         q = self._place(q, rotary)
-        del k, v
+        del qkv, k, v
         frontier.exchange(bordered, chunk)
         out = block_attention(q, bordered, cast_like(self.segment_embed, q), attend)
         return self.dense(out.flatten(-2))
@@ -137,9 +145,9 @@ class LRCrossAttention(nn.Module):
         k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         return torch.stack([self.key_norm(k), v])
 
-    def forward(self, x: Tensor, lr_kv: Tensor, chunk: Chunk, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, lr_kv: Tensor, chunk: Chunk, attend: Attend) -> Tensor:
         """(B, r, c, T, hidden) -> the same, one row of windows at a time."""
-        q = self.query_norm(self.query(x).unflatten(-1, (self.num_heads, -1)))
+        q = self.query_norm(self.query(normalize(tokens)).unflatten(-1, (self.num_heads, -1)))
         q = (q + cast_like(self.query_position, q)).transpose(-3, -2)
         key_position = cast_like(self.key_position, q)
         rows = []
@@ -149,7 +157,7 @@ class LRCrossAttention(nn.Module):
             )
             keys = (windows[0] + key_position).transpose(1, 2)
             out = attend(q[:, i].flatten(0, 1), keys, windows[1].transpose(1, 2))
-            rows.append(out.unflatten(0, (x.shape[0], chunk.columns)).transpose(2, 3))
+            rows.append(out.unflatten(0, (tokens.shape[0], chunk.columns)).transpose(2, 3))
         return self.dense(torch.stack(rows, dim=1).flatten(-2))
 
     def _windows(self, lr_kv: Tensor, chunk: Chunk) -> Tensor:
@@ -169,8 +177,8 @@ class MLP(nn.Module):
         self.fc1 = ops.Linear(config.hidden_size, config.mlp_size, **factory)
         self.fc2 = ops.Linear(config.mlp_size, config.hidden_size, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(modulate(x, shift, scale)), approximate="tanh"))
 
 
 class Layer(nn.Module):

@@ -25,7 +25,6 @@ from .layers import (
     LRCrossAttention,
     MLPEmbedding,
     Rotary,
-    modulate,
     normalize,
     time_features,
 )
@@ -215,15 +214,16 @@ class Evaluation:
         attn_shift, attn_scale, mlp_shift, mlp_scale = self._modulations[n]
         rotary = self._rotary.of(chunk, self._config.block_patches)
 
-        attn_in = modulate(normalize(tokens), attn_shift, attn_scale)
-        tokens = tokens + layer.attention(attn_in, rotary, frontier, chunk, net.attend)
+        tokens = tokens + layer.attention(
+            tokens, attn_shift, attn_scale, rotary, frontier, chunk, net.attend
+        )
         if n == 0:
             cross = net.cross_attention
-            tokens = tokens + cross(normalize(tokens), self._lr_kv, chunk, net.attend)
+            tokens = tokens + cross(tokens, self._lr_kv, chunk, net.attend)
             mlp_in = cross.output_norm(tokens)
         else:
             mlp_in = normalize(tokens)
-        tokens = tokens + layer.mlp(modulate(mlp_in, mlp_shift, mlp_scale))
+        tokens = tokens + layer.mlp(mlp_in, mlp_shift, mlp_scale)
 
         if self._progress is not None:
             self._done += 1

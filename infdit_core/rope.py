@@ -26,11 +26,10 @@ def rotate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         columns: (c, b, d/4) complex factors of their patch columns.
 
     Returns:
-        x turned, in the dtype of x; computed in float32.
+        x turned, in the dtype of x; computed in float32, and in place where x is float32.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    by_row, by_column = pairs.chunk(2, dim=-1)
-    turned = torch.cat(
-        [by_row * rows[:, None, :, None, None], by_column * columns[None, :, None, :, None]], dim=-1
-    )
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    half = pairs.shape[-1] // 2
+    pairs[..., :half] *= rows[:, None, :, None, None]
+    pairs[..., half:] *= columns[None, :, None, :, None]
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)

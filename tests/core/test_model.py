@@ -68,13 +68,13 @@ def test_every_intermediate_equals_the_release(name):
     keep(model.time_embed, "time_embed")
     keep(model.vector_embed, "cond_embed_vector_term")
     first = model.layers[0]
-    keep(first.attention, "attn0_input", of_input=True)
+    keep(first.attention.qkv, "attn0_input", of_input=True)
     keep(first.attention, "attn0_output")
-    keep(model.cross_attention, "cross_input", of_input=True)
+    keep(model.cross_attention.query, "cross_input", of_input=True)
     keep(model.cross_attention, "cross_output")
     keep(model.final, "final_layer_input", of_input=True)
     seen_norms = []
-    first.attention.qk_norm.register_forward_hook(lambda m, a, o: seen_norms.append(o))
+    first.attention.qk_norm.register_forward_hook(lambda m, a, o: seen_norms.append(o.clone()))
     denoised = model.denoise(expected["x"], sigma, cond)
 
     rows, columns = model.grid(expected["x"])
