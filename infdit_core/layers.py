@@ -131,41 +131,31 @@ class LRCrossAttention(nn.Module):
         self.output_norm = ops.LayerNorm(h, eps=EPS, **factory)  # of the MLP that follows
 
     def keys_values(self, tokens: Tensor) -> Tensor:
-        """Keys and values of the LR tokens, once per token, with a border of one LR block.
-
-        Args:
-            tokens: (B, H/8, W/8, hidden).
-
-        Returns:
-            (2, B, H/8 + 2·lr_block, W/8 + 2·lr_block, A, d). Outside the picture tokens are zero,
-            so keys and values there are those of the biases.
-        """
-        border = self.lr_block
-        tokens = F.pad(tokens, (0, 0, border, border, border, border))
+        """Keys and values of LR tokens: (B, y, x, hidden) -> (2, B, y, x, A, d)."""
         k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         return torch.stack([self.key_norm(k), v])
 
-    def forward(self, tokens: Tensor, lr_kv: Tensor, chunk: Chunk, attend: Attend) -> Tensor:
-        """(B, r, c, T, hidden) -> the same, one row of windows at a time."""
+    def forward(self, tokens: Tensor, lr_kv: Tensor, attend: Attend) -> Tensor:
+        """(B, r, c, T, hidden) -> the same, one row of windows at a time.
+
+        Args:
+            lr_kv: keys and values of the LR blocks of this chunk and of one block around it.
+        """
         q = self.query_norm(self.query(normalize(tokens)).unflatten(-1, (self.num_heads, -1)))
         q = (q + cast_like(self.query_position, q)).transpose(-3, -2)
         key_position = cast_like(self.key_position, q)
         rows = []
-        for i in range(chunk.rows):
-            windows = self._windows(
-                lr_kv, chunk._replace(top=chunk.top + i, bottom=chunk.top + i + 1)
-            )
+        for i in range(tokens.shape[1]):
+            windows = self._windows(lr_kv[:, :, i * self.lr_block :][:, :, : 3 * self.lr_block])
             keys = (windows[0] + key_position).transpose(1, 2)
             out = attend(q[:, i].flatten(0, 1), keys, windows[1].transpose(1, 2))
-            rows.append(out.unflatten(0, (tokens.shape[0], chunk.columns)).transpose(2, 3))
+            rows.append(out.unflatten(0, q[:, i].shape[:2]).transpose(2, 3))
         return self.dense(torch.stack(rows, dim=1).flatten(-2))
 
-    def _windows(self, lr_kv: Tensor, chunk: Chunk) -> Tensor:
-        """The 3×3-block windows of a chunk: (2, B·blocks, lr_window², A, d)."""
+    def _windows(self, lr_kv: Tensor) -> Tensor:
+        """The 3×3-block windows of LR blocks: (2, B·blocks, lr_window², A, d)."""
         side = self.lr_block
-        halo = Chunk(chunk.top, chunk.bottom + 2, chunk.left, chunk.right + 2)
-        rows, columns = halo.scaled(side)
-        windows = lr_kv[:, :, rows, columns].unfold(2, 3 * side, side).unfold(3, 3 * side, side)
+        windows = lr_kv.unfold(2, 3 * side, side).unfold(3, 3 * side, side)
         return windows.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(4, 5).flatten(1, 3)
 
 

@@ -1,6 +1,9 @@
-"""Counting the bytes of live tensors, which unlike RSS is exact and repeatable."""
+"""Counting the bytes of live tensors: unlike RSS exact, and on the meta device too."""
+
+from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,28 +16,30 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._counted: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
-        known_pointers = {s.data_ptr() for s in known}
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # storages on the meta device have no address: the object itself is their identity
+        inputs = {id(s) for s in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in known_pointers:
-                    self._add(storage)
+        for storage in _storages(out):
+            if id(storage) not in inputs and id(storage) not in self._counted:
+                self._add(storage)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if size == 0 or key in self._seen:
-            return
-        self._seen.add(key)
+        key, size = id(storage), storage.nbytes()
+        self._counted.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+        self._counted.discard(key)
         self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)]

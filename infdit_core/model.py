@@ -85,16 +85,33 @@ class InfDiT(nn.Module):
             )
         return Grid(height // side, width // side)
 
-    def lr_keys_values(self, lr: Tensor) -> Tensor:
+    def lr_keys_values(self, lr: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Keys and values of the LR picture: they depend on nothing else, so make them once.
+
+        Outside the picture tokens are zero, so keys and values there are those of the biases.
 
         Args:
             lr: (B, 3, H/4, W/4) in the dtype of the computation.
+            chunk: only what the blocks of this chunk see; everything if None.
 
         Returns:
-            see `LRCrossAttention.keys_values`.
+            (2, B, y, x, A, d): the LR tokens of these blocks and of one block around them.
         """
-        return self.cross_attention.keys_values(rearrange(self.lr_embed(lr), "b h y x -> b y x h"))
+        side = self.config.lr_block
+        px = self.config.block_px // LR_SCALE
+        if chunk is None:
+            chunk = Grid(lr.shape[-2] // px, lr.shape[-1] // px).whole
+        halo = Chunk(chunk.top - 1, chunk.bottom + 1, chunk.left - 1, chunk.right + 1)
+        inside = Chunk(*(max(0, n) for n in halo))
+        rows, columns = inside.scaled(px)
+        tokens = rearrange(self.lr_embed(lr[..., rows, columns]), "b h y x -> b y x h")
+        before = (inside.top - halo.top) * side, (inside.left - halo.left) * side
+        missing = (
+            halo.rows * side - before[0] - tokens.shape[1],
+            halo.columns * side - before[1] - tokens.shape[2],
+        )
+        tokens = F.pad(tokens, (0, 0, before[1], missing[1], before[0], missing[0]))
+        return self.cross_attention.keys_values(tokens)
 
     def forward(
         self,
@@ -114,7 +131,7 @@ class InfDiT(nn.Module):
             sigma: (B,) noise levels.
             cond: the condition; `cond.concat` is multiplied by c_in here.
             schedule: the order of computation; `Full()` if None. The result does not depend on it.
-            lr_kv: `lr_keys_values(cond.lr)`, if they are at hand.
+            lr_kv: `lr_keys_values(cond.lr)`, if kept; made for every chunk anew if None.
             dtype: of the computation; that of x if None.
             progress: called after every chunk of every layer.
 
@@ -124,11 +141,8 @@ class InfDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        evaluation = Evaluation(self, x, sigma, cond, lr_kv, dtype or x.dtype)
-        schedule = schedule or Full()
-        if progress is not None:
-            evaluation.report(progress, schedule.cells(evaluation.grid, evaluation.num_layers))
-        schedule.run(evaluation)
+        evaluation = Evaluation(self, x, sigma, cond, lr_kv, dtype or x.dtype, progress)
+        evaluation.run(schedule or Full())
         return evaluation.result
 
     def denoise(
@@ -145,15 +159,16 @@ class InfDiT(nn.Module):
 
         The network runs in the dtype of its parameters, preconditioning in that of x.
         """
+        weight = self.final.linear.weight
         sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in preconditioning(sigmas))
         raw = self(
             x * c_in,
-            sigmas,
+            sigmas.to(weight.device),
             cond,
             schedule,
             lr_kv=lr_kv,
-            dtype=self.final.linear.weight.dtype,
+            dtype=weight.dtype,
             progress=progress,
         )
         return c_out * raw + c_skip * x
@@ -170,18 +185,20 @@ class Evaluation:
         cond: Condition,
         lr_kv: Tensor | None,
         dtype: torch.dtype,
+        progress: Progress | None = None,
     ) -> None:
         _check(net.config, x, sigma, cond)
         self.grid = net.grid(x)
         self.num_layers = net.config.num_layers
-        self.device = x.device
+        self.device = sigma.device  # pictures may wait elsewhere, and come chunk by chunk
         self.result = torch.empty_like(x)
         self._net, self._config = net, net.config
         self._layers = cast("list[Layer]", net.layers)
         self._x, self._concat, self._dtype = x, cond.concat, dtype
         factors = preconditioning(sigma.float())
         self._c_in = factors.c_in[:, None, None, None]
-        self._lr_kv = net.lr_keys_values(cond.lr.to(dtype)) if lr_kv is None else lr_kv
+        self._lr_kv = lr_kv
+        self._lr = cond.lr.to(self.device, dtype) if lr_kv is None else cond.lr
         self._rotary = Rotary(
             *(
                 self._factors(count, start)
@@ -190,20 +207,21 @@ class Evaluation:
         )
         embed = net.time_embed(time_features(factors.c_noise, self._config.time_features).to(dtype))
         if net.vector_embed is not None and cond.vector is not None:
-            embed = embed + net.vector_embed(cond.vector.to(dtype))
+            embed = embed + net.vector_embed(cond.vector.to(self.device, dtype))
         embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
         self._modulations = [layer.modulation(embed).chunk(4, dim=-1) for layer in self._layers]
         self._final_modulation = net.final.modulation(embed).chunk(2, dim=-1)
-        self._progress: Progress | None = None
-        self._done = self._total = 0
+        self._progress, self._done, self._total = progress, 0, 0
 
-    def report(self, progress: Progress, total: int) -> None:
-        """Call `progress(done, total)` after every cell."""
-        self._progress, self._total = progress, total
+    def run(self, schedule: Schedule) -> None:
+        """Fill `result` in the order of a schedule. Calling again begins again."""
+        self._done, self._total = 0, schedule.cells(self.grid, self.num_layers)
+        schedule.run(self)
 
     def embed(self, chunk: Chunk) -> Tensor:
         rows, columns = chunk.scaled(self._config.block_px)
-        x, c = self._x[..., rows, columns], self._concat[..., rows, columns]
+        x = self._x[..., rows, columns].to(self.device)
+        c = self._concat[..., rows, columns].to(self.device)
         tokens = self._net.patch_embed(torch.cat([x, c * self._c_in], dim=1).to(self._dtype))
         return rearrange(
             tokens, "b h (r y) (c x) -> b r c (y x) h", r=chunk.rows, c=chunk.columns
@@ -219,7 +237,7 @@ class Evaluation:
         )
         if n == 0:
             cross = net.cross_attention
-            tokens = tokens + cross(tokens, self._lr_kv, chunk, net.attend)
+            tokens = tokens + cross(tokens, self._lr_kv_of(chunk), net.attend)
             mlp_in = cross.output_norm(tokens)
         else:
             mlp_in = normalize(tokens)
@@ -239,6 +257,14 @@ class Evaluation:
             p=self._config.patch_size,
             ch=3,
         )
+
+    def _lr_kv_of(self, chunk: Chunk) -> Tensor:
+        """Keys and values of the LR blocks of a chunk and of one block around it."""
+        if self._lr_kv is None:
+            return self._net.lr_keys_values(self._lr, chunk)
+        halo = Chunk(chunk.top, chunk.bottom + 2, chunk.left, chunk.right + 2)
+        rows, columns = halo.scaled(self._config.lr_block)
+        return self._lr_kv[:, :, rows, columns]
 
     def _factors(self, blocks: int, start: int) -> Tensor:
         positions = start + torch.arange(blocks * self._config.block_patches, device=self.device)

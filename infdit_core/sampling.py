@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .condition import Condition
 from .model import InfDiT, Progress
-from .schedule import Schedule
+from .schedule import Full, Schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
 
@@ -84,7 +84,7 @@ def sample(
 
     Args:
         model: the network.
-        cond: the condition, on the model's device.
+        cond: the condition, on any device.
         sigmas: (n + 1,) falling noise levels that end in 0, as from `edm_sigmas`.
         noise: (B, 3, H, W) unit Gaussian.
         solver: a name in `SOLVERS`.
@@ -105,8 +105,10 @@ def sample(
         raise ValueError(f"expected at least two falling sigmas, got {levels}")
     if levels[-1] < 0:
         raise ValueError(f"expected sigmas of at least 0, got {levels[-1]}")
-    concat = cond.concat.float()
-    lr_kv = model.lr_keys_values(cond.lr.to(model.final.linear.weight.dtype))
+    schedule = schedule or Full()
+    weight = model.final.linear.weight
+    concat = cond.concat.to(schedule.pictures_device or weight.device, torch.float32)
+    lr_kv = model.lr_keys_values(cond.lr.to(weight)) if schedule.keep_lr else None
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         return model.denoise(x, sigma, cond, schedule, lr_kv=lr_kv, progress=progress)

@@ -50,10 +50,27 @@ class Schedule(Protocol):
         """How many calls of `Evaluation.layer` a run makes."""
         ...
 
+    @property
+    def keep_lr(self) -> bool:
+        """Whether the LR picture's keys and values are made once and kept for all evaluations."""
+        ...
+
+    @property
+    def pictures_device(self) -> str | torch.device | None:
+        """Where the solver's pictures live; None for the device of the model."""
+        ...
+
+
+class _OnDevice:
+    """Everything lives on the device of the model."""
+
+    keep_lr = True
+    pictures_device = None
+
 
 @dataclass(frozen=True)
-class Full:
-    """The whole picture at once: fastest, and the most memory."""
+class Full(_OnDevice):
+    """The whole picture at once: the most memory."""
 
     def run(self, evaluation: Evaluation) -> None:
         BlockMajor(blocks=max(evaluation.grid)).run(evaluation)
@@ -63,7 +80,7 @@ class Full:
 
 
 @dataclass(frozen=True)
-class BlockMajor:
+class BlockMajor(_OnDevice):
     """`blocks`×`blocks` blocks at a time through all layers (figure 3 of the paper).
 
     Keeps one line of blocks of keys and values per layer, along the shorter side of the picture.
@@ -96,6 +113,10 @@ class LayerMajor:
     blocks_per_chunk: int = 1
     tokens_device: str | torch.device | None = None
     """Where tokens wait between layers; None for the device of the model."""
+    keep_lr: bool = True
+    """Off: keys and values of the LR picture are made anew for every chunk, 0.1 % of the work."""
+    pictures_device: str | torch.device | None = None
+    """Where the solver's pictures live; None for the device of the model."""
 
     def __post_init__(self) -> None:
         _require_positive("blocks_per_chunk", self.blocks_per_chunk)

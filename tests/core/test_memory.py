@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from infdit_core.grid import Grid
+from infdit_core.live_bytes import LiveBytes
 from infdit_core.schedule import BlockMajor, Full, LayerMajor
 from tests.goldens import golden_model, random_condition
-from infdit_core.live_bytes import LiveBytes
 
 GRID = Grid(4, 16)
 BLOCKS = GRID.rows * GRID.columns

@@ -95,9 +95,7 @@ def test_every_intermediate_equals_the_release(name):
     lr_tokens = rearrange(model.lr_embed(cond.lr), "b h y x -> b y x h")
     border = config.lr_block
     padded = torch.nn.functional.pad(lr_tokens, (0, 0, border, border, border, border))
-    windows = model.cross_attention._windows(
-        padded[None, ..., None, :], model.grid(expected["x"]).whole
-    )
+    windows = model.cross_attention._windows(padded[None, ..., None, :])
     norm = torch.nn.functional.layer_norm
     hidden = seen["final_layer_input"]
     final = norm(hidden, hidden.shape[-1:], eps=1e-6)

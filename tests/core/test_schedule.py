@@ -6,7 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
+from infdit_core.edm import edm_sigmas
 from infdit_core.grid import Grid
+from infdit_core.sampling import sample
 from infdit_core.schedule import BlockMajor, Full, LayerMajor
 from tests.goldens import golden_model, random_condition
 
@@ -77,16 +79,41 @@ def test_a_chunk_of_nothing_is_refused(kind):
         kind(0)
 
 
-def test_lr_keys_are_made_once_per_token(model):
-    """Not nine times for the nine windows that a token lies in, whatever the schedule."""
-    x, cond = random_condition(model, 3, 4)
+def count_lr_keys(model, run) -> int:
+    made = Counter()
+    hook = model.cross_attention.key_value.register_forward_hook(
+        lambda m, args, out: made.update(tokens=math.prod(out.shape[:-1]))
+    )
+    run()
+    hook.remove()
+    return made["tokens"]
+
+
+@pytest.mark.parametrize("schedule", [Full(), BlockMajor(1), LayerMajor(1)])
+def test_lr_keys_are_made_once_per_token_and_picture(model, schedule):
+    """Not nine times for the nine windows that a token lies in, nor in every evaluation."""
+    noise, cond = random_condition(model, 3, 4)
     border = model.config.lr_block
     rows, columns = (n // 2 + 2 * border for n in cond.lr.shape[-2:])
-    for schedule in (Full(), BlockMajor(1), LayerMajor(1)):
-        made = Counter()
-        hook = model.cross_attention.key_value.register_forward_hook(
-            lambda m, args, out, made=made: made.update(tokens=math.prod(out.shape[:-1]))
-        )
-        model.denoise(x, 1.0, cond, schedule)
-        hook.remove()
-        assert made["tokens"] == rows * columns
+
+    def run():
+        sample(model, cond, edm_sigmas(3), noise=noise, schedule=schedule)
+
+    assert count_lr_keys(model, run) == rows * columns
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_lr_keys_made_for_each_chunk_anew_give_the_same(model, grid):
+    x, cond = random_condition(model, *grid)
+    expected = model.denoise(x, 1.0, cond, lr_kv=model.lr_keys_values(cond.lr))
+    for schedule in (Full(), BlockMajor(2), LayerMajor(1), LayerMajor(3)):
+        result = model.denoise(x, 1.0, cond, schedule)
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+
+def test_where_things_live_does_not_change_the_picture(model):
+    noise, cond = random_condition(model, 2, 3)
+    expected = sample(model, cond, edm_sigmas(3), noise=noise)
+    schedule = LayerMajor(2, tokens_device="cpu", keep_lr=False, pictures_device="cpu")
+    result = sample(model, cond, edm_sigmas(3), noise=noise, schedule=schedule)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
