@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from .checkpoint import BUNDLED_FOLDER
-from .commands import DTYPES, convert_file, inspect, upscale
+from .commands import DTYPES, convert_file, inspect, plan_table, upscale
 from .sampling import SOLVERS
 
+_BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
 _MAX_SEED = 2**64 - 1
 
 
@@ -23,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_upscale(commands, common)
     _add_convert(commands, common)
     _add_inspect(commands, common)
+    _add_plan(commands, common)
     return parser
 
 
@@ -47,7 +50,7 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        default=BUNDLED_FOLDER / "infdit_small.safetensors",
+        default=_BUNDLED_MODEL,
         help=".safetensors, or the release's .pt (default: the small model of this pack)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
@@ -115,9 +118,15 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--schedule",
-        choices=("full", "block-major", "layer-major"),
-        default="full",
-        help="full is fastest; the others need less memory (default: %(default)s)",
+        choices=("auto", "full", "block-major", "layer-major"),
+        default="auto",
+        help="the order of computation; auto takes the fastest that fits (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--memory",
+        type=_bytes,
+        help="what auto may take on the device, such as 8GB (default: what is free on a GPU, no"
+        " limit on the CPU)",
     )
     machine.add_argument(
         "--blocks",
@@ -151,6 +160,37 @@ def _add_inspect(commands, common: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(command=inspect)
     parser.add_argument("file", type=Path)
+
+
+def _add_plan(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "plan",
+        parents=[common],
+        help="say what memory a size of picture takes",
+        description="List the orders of computation for a size of picture, the fastest first, with"
+        " the memory each takes at its peak, weights included.",
+    )
+    parser.set_defaults(command=plan_table)
+    parser.add_argument("--size", type=_size, required=True, help="of the result, as 4096x4096")
+    parser.add_argument("--memory", type=_bytes, help="what may be taken, as 8GB")
+    parser.add_argument("--model", type=Path, default=_BUNDLED_MODEL, help="a model file")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+
+
+def _bytes(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected an amount of memory such as 8GB, got {text!r}")
+    unit = {"mb": 1e6, "mib": 2**20, "gib": 2**30}.get((match[2] or "GB").lower(), 1e9)
+    return float(match[1]) * unit
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", text)
+    if not match or not int(match[1]) * int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def _positive(text: str) -> int:

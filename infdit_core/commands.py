@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import OutOfMemoryError, Tensor
+from torch import Tensor
 
+from .adaptive import Adaptive, is_out_of_memory
 from .checkpoint import (
     CLIP_PREFIX,
     check,
@@ -26,6 +27,7 @@ from .edm import edm_sigmas
 from .guidance import ClipGuide, read_clip
 from .image_io import READABLE, ImageError, check_writable, read_image, write_image
 from .model import InfDiT
+from .planner import describe, evaluation_flop, gigabytes, plans
 from .prepare import PreparationError, pass_sizes, prepare, target_size
 from .sampling import Step, sample
 from .schedule import BlockMajor, Full, LayerMajor, Schedule
@@ -43,7 +45,7 @@ class UsageError(Exception):
 
 def upscale(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that cannot be read or written."""
-    schedule = _schedule(args.schedule, args.blocks)
+    _check_schedule(args)
     jobs = _jobs(args.input, args.output, args.overwrite)
     device = _device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -62,14 +64,14 @@ def upscale(args: argparse.Namespace) -> int:
     failures = 0
     for source, target in jobs:
         try:
-            _upscale_picture(model, guide, schedule, source, target, args)
+            _upscale_picture(model, guide, source, target, args)
         except (ImageError, PreparationError) as error:
             if args.debug or len(jobs) == 1:
                 raise
             failures += 1
             sys.stderr.write(f"infdit: error: {source}: {error}\n")
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise CommandError(
                 f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
@@ -83,7 +85,6 @@ def upscale(args: argparse.Namespace) -> int:
 def _upscale_picture(
     model: InfDiT,
     guide: ClipGuide | None,
-    schedule: Schedule,
     source: Path,
     target: Path,
     args: argparse.Namespace,
@@ -100,7 +101,7 @@ def _upscale_picture(
     picture = image
     with _Progress(source.name, args.steps * len(sizes)) as progress:
         for size in sizes:
-            picture = _one_pass(model, schedule, picture, size, vector, progress, args)
+            picture = _one_pass(model, picture, size, vector, progress, args)
     write_image(target, picture, bit_depth=args.bit_depth, info=info)
     (height, width), (to_height, to_width) = source_size, sizes[-1]
     _say(
@@ -111,7 +112,6 @@ def _upscale_picture(
 
 def _one_pass(
     model: InfDiT,
-    schedule: Schedule,
     picture: Tensor,
     size: tuple[int, int],
     vector: Tensor | None,
@@ -128,7 +128,7 @@ def _one_pass(
         edm_sigmas(args.steps),
         noise=noise,
         solver=args.solver,
-        schedule=schedule,
+        schedule=_schedule(args, model, canvas.concat),
         callback=progress.step,
         progress=progress.cells,
     )
@@ -269,12 +269,57 @@ def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:
     return guide
 
 
-def _schedule(name: str, blocks: int | None) -> Schedule:
-    if name == "full":
-        if blocks is not None:
-            raise UsageError("--blocks goes with --schedule block-major or layer-major")
+def _check_schedule(args: argparse.Namespace) -> None:
+    if args.blocks is not None and args.schedule not in ("block-major", "layer-major"):
+        raise UsageError("--blocks goes with --schedule block-major or layer-major")
+    if args.memory is not None and args.schedule != "auto":
+        raise UsageError("--memory goes with --schedule auto")
+
+
+def _schedule(args: argparse.Namespace, model: InfDiT, concat: Tensor) -> Schedule:
+    if args.schedule == "full":
         return Full()
-    return BlockMajor(blocks or 1) if name == "block-major" else LayerMajor(blocks or 1)
+    if args.schedule == "block-major":
+        return BlockMajor(args.blocks or 1)
+    if args.schedule == "layer-major":
+        return LayerMajor(args.blocks or 1)
+    weight = model.final.linear.weight
+    memory = args.memory
+    if memory is None and weight.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(weight.device)[0]
+    weights = args.memory is not None  # free memory is what is left beside them
+    height, width = concat.shape[-2:]
+    found = plans(
+        model.config,
+        height,
+        width,
+        weight.dtype,
+        device=weight.device.type,
+        weights=weights,
+    )
+    return Adaptive(found, memory)
+
+
+def plan_table(args: argparse.Namespace) -> int:
+    """Print the schedules for a size of picture, the one that would be taken marked."""
+    with open_checkpoint(args.model) as checkpoint:
+        config = read_config(checkpoint)
+    height, width = args.size[1], args.size[0]
+    dtype = DTYPES[args.dtype]
+    found = plans(config, height, width, dtype, device=args.device)
+    chosen = next((p for p in found if args.memory is None or p.peak_bytes <= args.memory), None)
+    petaflop = evaluation_flop(config, height, width) / 1e15
+    _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
+    _say(f"{'':2}{'schedule':64}{'peak':>10}{'host':>10}{'time':>7}")
+    for p in found:
+        mark = "> " if p is chosen else "  "
+        host = gigabytes(p.host_bytes) if p.host_bytes else "-"
+        row = f"{describe(p.schedule):64}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
+        _say(mark + row)
+    if chosen is None and args.memory is not None:
+        smallest = min(found, key=lambda p: p.peak_bytes)
+        raise CommandError(f"nothing fits {gigabytes(args.memory)}; the smallest needs {smallest}")
+    return 0
 
 
 def _device(name: str | None) -> torch.device:
@@ -287,11 +332,6 @@ def _device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name} cannot be used here: {reason}") from error
     return device
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch raises a bare RuntimeError that names its allocator.
-    return isinstance(error, OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _yes(condition: bool) -> str:

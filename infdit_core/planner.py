@@ -102,14 +102,17 @@ def plans(
     device: str = "cuda",
     batch: int = 1,
     weights: bool = True,
+    pictures: bool = True,
 ) -> list[Plan]:
-    """All schedules worth considering, the fastest first."""
+    """All schedules worth considering, the fastest first; arguments as for `peak_bytes`."""
     grid = grid_of(config, height, width)
     found = []
     for schedule in _candidates(grid, device):
         chunk = _largest_chunk(schedule, grid)
         cost = _cost(chunk.rows * chunk.columns * config.block_tokens * batch, device)
-        peak = peak_bytes(config, height, width, schedule, dtype, batch=batch, weights=weights)
+        peak = peak_bytes(
+            config, height, width, schedule, dtype, batch=batch, weights=weights, pictures=pictures
+        )
         host_bytes = 0
         if isinstance(schedule, LayerMajor):
             if not schedule.keep_lr:
@@ -133,12 +136,17 @@ def peak_bytes(
     *,
     batch: int = 1,
     weights: bool = True,
+    pictures: bool = True,
 ) -> int:
-    """Bytes alive at the peak of sampling a picture of height×width pixels."""
+    """Bytes alive on the device at the peak of sampling a picture of height×width pixels.
+
+    Args:
+        weights, pictures: whether the network's weights and the solver's pictures count.
+    """
     grid = grid_of(config, height, width)
     total = evaluation_bytes(config, grid, schedule, dtype, batch)
     total += _lr_bytes(config, grid, dtype, batch, kept=schedule.keep_lr)
-    if schedule.pictures_device is None:
+    if pictures and schedule.pictures_device is None:
         total += _picture_bytes(config, grid, batch)
     if weights:
         total += weight_bytes(config, dtype)
@@ -184,7 +192,8 @@ def describe(schedule: Schedule) -> str:
             return f"block by block, {n}×{n} at a time"
         case LayerMajor(blocks_per_chunk=m):
             where = ", tokens on the host" if schedule.tokens_device is not None else ""
-            where += ", pictures too" if schedule.pictures_device is not None else ""
+            where += "" if schedule.keep_lr else ", LR keys made anew"
+            where += ", pictures on the host" if schedule.pictures_device is not None else ""
             return f"layer by layer, {m} block{'s' * (m > 1)} at a time{where}"
     return "the whole picture at once"
 

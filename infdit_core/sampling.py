@@ -6,11 +6,13 @@ returns D(x; sigma), and reports each step through `callback` before it takes it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from .condition import Condition
@@ -65,7 +67,39 @@ def heun(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -
     return x
 
 
-SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler}
+MULTISTEP_ORDER = 3
+
+
+def multistep(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
+    """Linear multistep in sigma: one evaluation a step, of third order once three are there.
+
+    The derivatives of the last steps are interpolated by a polynomial in sigma, which is integrated
+    exactly over the next step: Adams-Bashforth with variable steps, called rhoAB-DEIS by Zhang and
+    Chen (arXiv 2204.13902) and LMS in k-diffusion.
+    """
+    history: list[Tensor] = []
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
+        history = [to_d(x, sigma, denoised), *history][:MULTISTEP_ORDER]
+        nodes = [sigmas[i - j] for j in range(len(history))]
+        for weight, d in zip(_adams_bashforth(nodes, sigma, following), history, strict=True):
+            x = x + weight * d
+    return x
+
+
+def _adams_bashforth(nodes: list[float], start: float, end: float) -> list[float]:
+    """Weights that integrate the polynomial through values at `nodes` from start to end."""
+    weights = []
+    for j, node in enumerate(nodes):
+        others = [n for k, n in enumerate(nodes) if k != j]
+        basis = Polynomial.fromroots(others) / math.prod(node - n for n in others)
+        integral = basis.integ()
+        weights.append(float(integral(end) - integral(start)))
+    return weights
+
+
+SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler, "multistep": multistep}
 
 
 @torch.no_grad()

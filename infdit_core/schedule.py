@@ -26,6 +26,10 @@ class Evaluation(Protocol):
     num_layers: int
     device: torch.device
 
+    def run(self, schedule: Schedule) -> None:
+        """Compute everything in the order of a schedule. Calling again begins again."""
+        ...
+
     def embed(self, chunk: Chunk) -> Tensor:
         """Tokens of a chunk: (B, r, c, T, hidden)."""
         ...

@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .guidance import InfDiTGuidance
 from .loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
 from .sampler import InfDiTConditioning, InfDiTDecode, InfDiTSampler
+from .schedule import InfDiTSchedule
 
 
 class InfDiTExtension(ComfyExtension):
@@ -16,4 +17,5 @@ class InfDiTExtension(ComfyExtension):
             InfDiTSampler,
             InfDiTConditioning,
             InfDiTDecode,
+            InfDiTSchedule,
         ]

@@ -15,18 +15,27 @@ import comfy.supported_models_base
 import torch
 
 from ..infdit_core import edm
+from ..infdit_core.adaptive import Adaptive
 from ..infdit_core.attention import sdpa
 from ..infdit_core.checkpoint import Checkpoint, check, network_state_dict, read_config
 from ..infdit_core.condition import Condition
 from ..infdit_core.config import InfDiTConfig
 from ..infdit_core.model import InfDiT
+from ..infdit_core.planner import Plan, plans
 
 CLIP_ATTACHMENT = "infdit_clip"
 """Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
 PROGRESS = "infdit_progress"
 """Key in `transformer_options`: called with (cells done, cells in all) in every evaluation."""
+PLAN = "infdit_plan"
+"""Key in `transformer_options`: called with the `Plan` of every evaluation that is planned here."""
 SCHEDULE = "infdit_schedule"
-"""Key in `transformer_options`: the `Schedule` of every evaluation."""
+"""Key in `transformer_options`: the `Schedule` of every evaluation; planned here if absent."""
+MEMORY = "infdit_memory"
+"""Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
+
+_FAST_COST = 1.1
+"""A plan is fast if it takes at most this much more time than the fastest."""
 
 
 def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None):
@@ -116,20 +125,57 @@ class InfDiTModel(comfy.model_base.BaseModel):
         for name in ("concat", "lr", "vector"):
             if (tensor := kwargs.get(f"infdit_{name}")) is not None:
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
-        out["lr_cache"] = comfy.conds.CONDConstant(LRCache())
+        out["run"] = comfy.conds.CONDConstant(SamplingRun())
         return out
 
+    def memory_required(self, input_shape, cond_shapes=None):
+        """Bytes that sampling should find free: those of the leanest schedule that is fast."""
+        batch, _, height, width = input_shape
+        found = plan_evaluation(
+            self.diffusion_model.net, batch, height, width, self.get_dtype_inference(), self.device
+        )
+        fast = [p.peak_bytes for p in found if p.cost <= _FAST_COST]
+        return min(fast or [p.peak_bytes for p in found])
 
-class LRCache:
-    """Keys and values of the LR picture for the length of one sampling run."""
+
+def plan_evaluation(net: InfDiT, batch: int, height: int, width: int, dtype, device) -> list[Plan]:
+    """Plans for an evaluation; weights and pictures are ComfyUI's to count."""
+    return plans(
+        net.config,
+        height,
+        width,
+        dtype,
+        device=torch.device(device).type,
+        batch=batch,
+        weights=False,
+        pictures=False,
+    )
+
+
+class SamplingRun:
+    """What lasts from one evaluation of a sampling run to the next."""
 
     def __init__(self):
-        self._kv: torch.Tensor | None = None
+        self._schedule: Adaptive | None = None
+        self._lr_kv: torch.Tensor | None = None
 
-    def get(self, net: InfDiT, lr: torch.Tensor) -> torch.Tensor:
-        if self._kv is None or self._kv.shape[1] != lr.shape[0] or self._kv.dtype != lr.dtype:
-            self._kv = net.lr_keys_values(lr)
-        return self._kv
+    def schedule(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
+        """The fastest schedule for x that fits, planned at the first evaluation."""
+        if self._schedule is None:
+            batch, _, height, width = x.shape
+            found = plan_evaluation(net, batch, height, width, x.dtype, x.device)
+            free = memory_bytes or comfy.model_management.get_free_memory(x.device)
+            self._schedule = Adaptive(found, free, comfy.model_management.soft_empty_cache)
+            logging.info("Inf-DiT: %d×%d px, %s", width, height, self._schedule.plan)
+        return self._schedule
+
+    def lr_kv(self, net: InfDiT, lr: torch.Tensor, keep: bool) -> torch.Tensor | None:
+        """Keys and values of the LR picture, if they are to be kept."""
+        if not keep:
+            self._lr_kv = None
+        elif self._lr_kv is None or self._lr_kv.shape[1] != lr.shape[0]:
+            self._lr_kv = net.lr_keys_values(lr)
+        return self._lr_kv
 
 
 class DiffusionModel(torch.nn.Module):
@@ -151,12 +197,16 @@ class DiffusionModel(torch.nn.Module):
                 " Connect its CONDITIONING to the sampler's positive and negative inputs."
             )
         cond = Condition(conds["concat"], conds["lr"], conds.get("vector"))
+        run: SamplingRun = conds["run"]
+        schedule = options.get(SCHEDULE) or run.schedule(self.net, x, options.get(MEMORY))
+        if (told := options.get(PLAN)) is not None and isinstance(schedule, Adaptive):
+            told(schedule.plan)
         return self.net(
             x,
             (4 * timestep).exp(),
             cond,
-            options.get(SCHEDULE),
-            lr_kv=conds["lr_cache"].get(self.net, cond.lr),
+            schedule,
+            lr_kv=run.lr_kv(self.net, cond.lr, schedule.keep_lr),
             progress=_interruptible(options.get(PROGRESS)),
         )
 

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
+import time
+
 import comfy.utils
 import torch
 from PIL import Image
+from server import PromptServer
 from torch.nn import functional as F
 
+from ..infdit_core.planner import Plan
+
 _PREVIEW_MAX_PX = 512
+_TEXT_SECONDS = 1.0
 
 
 class SamplingProgress:
-    """One progress bar over all evaluations of a node's run.
+    """One progress bar over all evaluations of a node's run, and a line of text on the node.
 
     Args:
         evaluations: of the network, over all steps, passes and pictures.
+        node_id: of the node in the workflow; None outside a running one.
     """
 
-    def __init__(self, evaluations: int) -> None:
+    def __init__(self, evaluations: int, node_id: str | None = None) -> None:
         self._evaluations = evaluations
         self._finished = 0
         self._bar = comfy.utils.ProgressBar(evaluations)
+        self._node_id = node_id
+        self._plan = ""
+        self._started = self._told = time.monotonic()
+
+    def planned(self, plan: Plan) -> None:
+        """Called with the plan of every evaluation."""
+        if str(plan) != self._plan:
+            self._plan = str(plan)
+            self._tell(self._plan)
 
     def cells(self, done: int, total: int) -> None:
         """Called after every chunk of every layer of an evaluation."""
         self._bar.update_absolute(self._finished * total + done, self._evaluations * total)
+        share = (self._finished + done / total) / self._evaluations
         if done == total:
             self._finished += 1
+        now = time.monotonic()
+        if now - self._told >= _TEXT_SECONDS:
+            left = round((now - self._started) * (1 - share) / share)
+            self._tell(
+                f"{self._plan}\nevaluation {min(self._finished + 1, self._evaluations)} of"
+                f" {self._evaluations}, {left // 60}:{left % 60:02d} left"
+            )
 
     def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
         """The sampler's callback: shows the denoised picture."""
         preview = ("JPEG", preview_image(denoised), _PREVIEW_MAX_PX)
         self._bar.update_absolute(self._bar.current, None, preview)
+
+    def _tell(self, text: str) -> None:
+        self._told = time.monotonic()
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self._node_id is not None:
+            server.send_progress_text(text, self._node_id)
 
 
 def preview_image(denoised: torch.Tensor) -> Image.Image:

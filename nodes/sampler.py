@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..infdit_core import edm
 from ..infdit_core.condition import Condition
 from ..infdit_core.prepare import Canvas, pass_sizes, prepare, target_size
-from .comfy_model import CLIP_ATTACHMENT, PROGRESS, InfDiTModel
+from .comfy_model import CLIP_ATTACHMENT, PLAN, PROGRESS, InfDiTModel
 from .progress import SamplingProgress
 from .types import CATEGORY, CanvasType, Guidance, require_image
 
@@ -64,6 +64,7 @@ class InfDiTSampler(io.ComfyNode):
             outputs=[
                 io.Image.Output(tooltip="The upscaled pictures; alpha is kept where it came in."),
             ],
+            hidden=[io.Hidden.unique_id],
             search_aliases=["inf-dit", "infdit", "upscale", "super resolution", "4k", "8k"],
         )
 
@@ -84,9 +85,12 @@ class InfDiTSampler(io.ComfyNode):
         sampler = comfy.samplers.sampler_object("heun")
         sigmas = edm.edm_sigmas(steps)
         evaluations = 2 * steps - 1
-        progress = SamplingProgress(evaluations * len(sizes) * image.shape[0])
+        progress = SamplingProgress(
+            evaluations * len(sizes) * image.shape[0], cls.hidden.unique_id if cls.hidden else None
+        )
         model = model.clone()
-        model.model_options.setdefault("transformer_options", {})[PROGRESS] = progress.cells
+        options = model.model_options.setdefault("transformer_options", {})
+        options |= {PROGRESS: progress.cells, PLAN: progress.planned}
 
         results = []
         for i, picture in enumerate(image.split(1)):

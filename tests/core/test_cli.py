@@ -247,13 +247,13 @@ def test_out_of_memory_names_the_way_out(models, picture, tmp_path, monkeypatch,
 
     monkeypatch.setattr("infdit_core.commands.sample", too_large)
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
-    fails(capsys, "photo.jpg", "too small for --schedule full", "block-major or layer-major")
+    fails(capsys, "photo.jpg", "too small for --schedule auto", "block-major or layer-major")
 
 
 def test_out_of_memory_on_the_cpu(models, picture, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("infdit_core.commands.sample", lambda *a, **k: torch.empty(2**55))
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
-    fails(capsys, "the memory of cpu is too small for --schedule full")
+    fails(capsys, "the memory of cpu is too small for --schedule auto")
 
 
 def test_a_network_that_overflows_is_an_error(models, picture, tmp_path, capsys):

@@ -122,6 +122,44 @@ def test_the_schedule_in_transformer_options_is_used(comfy, load, upscale):
     assert keys.PROGRESS not in model.model_options.get("transformer_options", {})
 
 
+@pytest.mark.parametrize(
+    ("schedule", "blocks", "on_cpu", "memory_gb"),
+    [("auto", 1, False, 0.0), ("auto", 1, False, 0.5), ("whole picture", 1, False, 0.0),
+     ("block by block", 2, False, 0.0), ("layer by layer", 3, True, 0.0)],
+)  # fmt: skip
+def test_the_schedule_node_does_not_change_the_picture(
+    comfy, load, upscale, schedule, blocks, on_cpu, memory_gb
+):
+    model, image = load("tiny")[0], torch.rand(1, 20, 12, 3)
+    node = comfy.nodes["InfDiTSchedule"]
+    scheduled = node.execute(model, schedule, blocks, on_cpu, memory_gb).args[0]
+    expected = upscale(model, image, 4.0)
+    torch.testing.assert_close(upscale(scheduled, image, 4.0), expected, atol=1e-4, rtol=0)
+
+
+def test_out_of_memory_takes_a_smaller_plan_and_goes_on(comfy, load, upscale, monkeypatch, caplog):
+    model, image = load("tiny")[0], torch.rand(1, 20, 30, 3)
+    expected = upscale(model, image, 4.0)
+    evaluation = comfy.module("infdit_core.model").Evaluation
+    layer, calls = evaluation.layer, []
+
+    def fails_once(self, *args):
+        calls.append(args[2])
+        if len(calls) == 12:
+            raise torch.OutOfMemoryError("injected")
+        return layer(self, *args)
+
+    monkeypatch.setattr(evaluation, "layer", fails_once)
+    torch.testing.assert_close(upscale(model, image, 4.0), expected, atol=1e-4, rtol=0)
+    assert "out of memory with" in caplog.text
+
+
+def test_memory_required_grows_with_the_picture_not_with_the_square(comfy, load):
+    model = load("tiny")[0].model
+    small, large = (model.memory_required([1, 3, side, side]) for side in (512, 2048))
+    assert 4 < large / small < 20
+
+
 @pytest.fixture
 def bar(comfy, monkeypatch):
     """Everything that the progress bar was told: (value, total, preview)."""

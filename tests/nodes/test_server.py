@@ -18,6 +18,7 @@ NODE_IDS = {
     "InfDiTSampler",
     "InfDiTConditioning",
     "InfDiTDecode",
+    "InfDiTSchedule",
 }
 
 

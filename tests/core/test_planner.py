@@ -1,0 +1,175 @@
+"""Predicted memory is what is counted, and the plan fits."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from infdit_core.adaptive import Adaptive, is_out_of_memory
+from infdit_core.config import InfDiTConfig
+from infdit_core.edm import edm_sigmas
+from infdit_core.grid import Grid
+from infdit_core.live_bytes import LiveBytes
+from infdit_core.planner import (
+    PlanError,
+    describe,
+    evaluation_bytes,
+    evaluation_flop,
+    peak_bytes,
+    plan,
+    plans,
+    weight_bytes,
+)
+from infdit_core.sampling import sample
+from infdit_core.schedule import BlockMajor, Full, LayerMajor
+from tests.goldens import golden_model, random_condition
+
+RELEASED = InfDiTConfig(
+    hidden_size=1280,
+    num_layers=28,
+    num_heads=16,
+    patch_size=4,
+    block_patches=32,
+    mlp_size=5120,
+)
+SCHEDULES = [
+    Full(),
+    BlockMajor(1),
+    BlockMajor(3),
+    LayerMajor(1),
+    LayerMajor(3),
+    LayerMajor(8),
+    LayerMajor(2, keep_lr=False),
+]
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 12), Grid(9, 3), Grid(2, 2)], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_evaluation_takes_what_is_predicted(grid, schedule, dtype):
+    model = golden_model("xs", dtype)
+    x, cond = random_condition(model, *grid)
+    lr_kv = model.lr_keys_values(cond.lr.to(dtype)) if schedule.keep_lr else None
+    with LiveBytes() as live:
+        model(x, torch.ones(1), cond, schedule, lr_kv=lr_kv, dtype=dtype)
+    counted = live.peak - x.nbytes  # the result is one of the solver's pictures
+    predicted = evaluation_bytes(model.config, grid, schedule, dtype)
+    assert predicted == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("schedule", [Full(), LayerMajor(4), BlockMajor(2)], ids=str)
+def test_sampling_takes_what_is_predicted(schedule):
+    model = golden_model("xs")
+    with LiveBytes() as live:
+        noise, cond = random_condition(model, 6, 6)
+        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule)
+    side = 6 * model.config.block_px
+    predicted = peak_bytes(model.config, side, side, schedule, torch.float32, weights=False)
+    assert predicted == pytest.approx(live.peak, rel=0.1)
+
+
+def test_sizes_of_the_released_model():
+    assert weight_bytes(RELEASED, torch.bfloat16) / 2 == pytest.approx(753.4e6, rel=1e-3)
+    assert evaluation_flop(RELEASED, 4096, 4096) == pytest.approx(1.8e15, rel=0.02)
+
+
+@pytest.mark.parametrize("gigabytes", [6, 8, 12, 24, 80])
+@pytest.mark.parametrize("side", [512, 2048, 4096, 8192, 16384])
+def test_any_picture_fits_from_6_gb(side, gigabytes):
+    schedule = plan(RELEASED, side, side, torch.bfloat16, gigabytes * 1e9)
+    predicted = peak_bytes(RELEASED, side, side, schedule, torch.bfloat16)
+    assert predicted <= gigabytes * 1e9
+
+
+def test_more_memory_is_never_slower():
+    found = plans(RELEASED, 8192, 8192, torch.bfloat16)
+    costs = [
+        next(p.cost for p in found if p.peak_bytes <= gigabytes * 1e9)
+        for gigabytes in (6, 8, 12, 24, 80)
+    ]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_what_fits_nowhere_is_refused_with_the_least_that_is_needed():
+    with pytest.raises(PlanError, match=r"16384×16384 px needs at least .* got 1.0 GB"):
+        plan(RELEASED, 16384, 16384, torch.bfloat16, 1e9)
+
+
+def test_every_schedule_is_described_differently():
+    found = plans(RELEASED, 4096, 4096, torch.bfloat16)
+    assert len({describe(p.schedule) for p in found}) == len(found)
+
+
+class OutOfMemoryAt:
+    """Lets the n-th cell of a model fail for want of memory."""
+
+    def __init__(self, monkeypatch, cell: int) -> None:
+        from infdit_core.model import Evaluation
+
+        self.calls, layer = 0, Evaluation.layer
+
+        def fail(evaluation, *args):
+            self.calls += 1
+            if self.calls == cell:
+                raise torch.OutOfMemoryError("injected")
+            return layer(evaluation, *args)
+
+        monkeypatch.setattr(Evaluation, "layer", fail)
+
+
+def test_out_of_memory_at_any_cell_gives_the_same_picture(monkeypatch, caplog):
+    model = golden_model("xs")
+    noise, cond = random_condition(model, 2, 3)
+    found = plans(model.config, 64, 96, torch.float32, device="cpu")
+    expected = sample(model, cond, edm_sigmas(2), noise=noise, schedule=found[0].schedule)
+    first = Adaptive(found).cells(Grid(2, 3), model.config.num_layers)
+    for cell in range(1, 3 * first + 1):
+        with monkeypatch.context() as patch:
+            OutOfMemoryAt(patch, cell)
+            freed: list[int] = []
+            schedule = Adaptive(found, free_memory=partial(freed.append, 1))
+            before = schedule.plan
+            caplog.clear()
+            result = sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule)
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+        assert schedule.plan.peak_bytes < before.peak_bytes
+        assert len(freed) == 1
+        assert "out of memory with" in caplog.text
+
+
+def test_the_failed_attempt_is_let_go_before_the_next(monkeypatch):
+    """The tensors of the failed chunk must not live on in a traceback."""
+    model = golden_model("xs")
+    x, cond = random_condition(model, 4, 4)
+    found = plans(model.config, 128, 128, torch.float32, device="cpu")
+    OutOfMemoryAt(monkeypatch, 2)
+    live_when_freed = []
+    with LiveBytes() as live:
+        schedule = Adaptive(found, free_memory=lambda: live_when_freed.append(live.live))
+        model(x, torch.ones(1), cond, schedule)
+    assert live_when_freed[0] < 0.3 * live.peak
+
+
+def test_without_a_smaller_plan_the_error_is_raised(monkeypatch):
+    model = golden_model("xs")
+    x, cond = random_condition(model, 1, 1)
+    found = plans(model.config, 32, 32, torch.float32, device="cpu")
+    smallest = min(found, key=lambda p: p.peak_bytes)
+    OutOfMemoryAt(monkeypatch, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(x, torch.ones(1), cond, Adaptive([smallest]))
+
+
+def test_other_errors_are_not_taken_for_out_of_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert not is_out_of_memory(KeyboardInterrupt())
+
+
+def test_a_budget_chooses_the_first_plan_that_fits():
+    found = plans(RELEASED, 4096, 4096, torch.bfloat16)
+    assert Adaptive(found).plan is found[0]
+    assert Adaptive(found, 7e9).plan.peak_bytes <= 7e9
+    assert Adaptive(found, 1.0).plan.peak_bytes == min(p.peak_bytes for p in found)
