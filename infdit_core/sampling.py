@@ -92,9 +92,8 @@ def _adams_bashforth(nodes: list[float], start: float, end: float) -> list[float
     """Weights that integrate the polynomial through values at `nodes` from start to end."""
     weights = []
     for j, node in enumerate(nodes):
-        others = [n for k, n in enumerate(nodes) if k != j]
-        basis = Polynomial.fromroots(others) / math.prod(node - n for n in others)
-        integral = basis.integ()
+        factors = (Polynomial([-n, 1]) / (node - n) for k, n in enumerate(nodes) if k != j)
+        integral = math.prod(factors, start=Polynomial([1.0])).integ()
         weights.append(float(integral(end) - integral(start)))
     return weights
 
