@@ -365,3 +365,33 @@ def test_as_a_program(models):
     failed = run("inspect", "no.pt")
     assert failed.returncode == 1
     assert failed.stdout == ""
+
+
+def test_plan_marks_what_is_taken(models, capsys):
+    command = ["plan", "--model", models["none"], "--size", "4096x2048", "--dtype", "bf16"]
+    assert main([*map(str, command), "--memory", "2GB"]) == 0
+    out = capsys.readouterr().out
+    assert "4096×2048 px, bf16" in out
+    marked = [line for line in out.splitlines() if line.startswith("> ")]
+    assert len(marked) == 1
+    assert "layer by layer" in marked[0]
+    assert main([*map(str, command), "--memory", "1MB"]) == 1
+    assert "nothing fits 1 MB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--size", "4096"], ["--memory", "lots"], ["--size", "0x5"]])
+def test_plan_refuses_nonsense(option, capsys):
+    arguments = ["plan", *option] if "--size" in option else ["plan", "--size", "8x8", *option]
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "expected" in capsys.readouterr().err
+
+
+def test_memory_goes_with_auto(models, picture, tmp_path, capsys):
+    code = main([
+        "upscale", str(picture), "-o", str(tmp_path / "a.png"), "--model", str(models["none"]),
+        "--schedule", "full", "--memory", "8GB",
+    ])  # fmt: skip
+    assert code == 2
+    assert "--memory goes with --schedule auto" in capsys.readouterr().err
