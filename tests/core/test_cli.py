@@ -389,9 +389,10 @@ def test_plan_refuses_nonsense(option, capsys):
 
 
 def test_memory_goes_with_auto(models, picture, tmp_path, capsys):
-    code = main([
-        "upscale", str(picture), "-o", str(tmp_path / "a.png"), "--model", str(models["none"]),
-        "--schedule", "full", "--memory", "8GB",
-    ])  # fmt: skip
-    assert code == 2
+    with pytest.raises(SystemExit) as exit_:
+        upscale(
+            picture, "-o", tmp_path / "a.png", "--model", models["none"], "--schedule", "full",
+            "--memory", "8GB",
+        )  # fmt: skip
+    assert exit_.value.code == 2
     assert "--memory goes with --schedule auto" in capsys.readouterr().err
