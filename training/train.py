@@ -30,10 +30,12 @@ from infdit_core.model import InfDiT
 from infdit_core.sampling import sample
 from infdit_core.schedule import Full
 from training.data import Photos, condition, reduce_bicubic
+from training.degrade import reduce_realistic
 
 STATE = "state.pt"
 LOG = "log.csv"
 SAMPLE_SEED = 1
+DEGRADATIONS = ("bicubic", "realesrgan")
 LEVELS = (0.0, 0.1, 0.3, 1.0, math.inf)
 """Bounds of sigma between which the log averages the loss."""
 
@@ -59,6 +61,7 @@ class Settings:
     p_mean: float = -1.0
     p_std: float = 1.4
     lr_dropout: float = 0.07
+    degradation: str = DEGRADATIONS[0]
     max_origin_blocks: int = 256
     bf16: bool = False
     seed: int = 0
@@ -105,7 +108,7 @@ class Trainer:
         """One update. Returns the sigmas (B,) and the weighted losses (B,)."""
         settings = self.settings
         picture = self.photos.batch(settings.batch_size, self.numpy)
-        cond = self._drop(condition(reduce_bicubic(picture), self._origin()))
+        cond = self._drop(condition(self._reduce(picture), self._origin()))
         normal = torch.randn(settings.batch_size, generator=self.torch)
         sigma = (settings.p_mean + settings.p_std * normal).exp()
         noise = torch.randn(picture.shape, generator=self.torch)
@@ -126,6 +129,11 @@ class Trainer:
         self.step += 1
         self._average()
         return sigma, losses.detach().cpu()
+
+    def _reduce(self, picture: Tensor) -> Tensor:
+        if self.settings.degradation == "realesrgan":
+            return reduce_realistic(picture, self.numpy)
+        return reduce_bicubic(picture)
 
     def _origin(self) -> tuple[int, int]:
         """Random rotary start positions, whole blocks, so that a crop is like any other place."""
@@ -206,8 +214,10 @@ def save_sample(trainer: Trainer, test: Tensor, path: Path) -> None:
     Image.fromarray(torch.cat(list(levels), dim=1).permute(1, 2, 0).numpy()).save(path)
 
 
-def run(folder: Path, trainer: Trainer, test: Tensor, stop_at: int, every: int) -> None:
-    """Train until `stop_at` steps, saving state, log and a sample every `every` steps."""
+def run(
+    folder: Path, trainer: Trainer, test: Tensor, stop_at: int, every: int, save_minutes: float
+) -> None:
+    """Train until `stop_at` steps; a sample every `every` steps, the state every `save_minutes`."""
     stopping = False
 
     def stop(signum, frame):
@@ -216,6 +226,7 @@ def run(folder: Path, trainer: Trainer, test: Tensor, stop_at: int, every: int) 
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    saved = time.monotonic()
     sigmas, losses, started = [], [], time.monotonic()
     while trainer.step < stop_at and not stopping:
         sigma, loss = trainer.train_step()
@@ -225,8 +236,10 @@ def run(folder: Path, trainer: Trainer, test: Tensor, stop_at: int, every: int) 
             seconds = (time.monotonic() - started) / len(losses)
             write_log(folder / LOG, trainer, torch.cat(sigmas), torch.cat(losses), seconds)
             sigmas, losses, started = [], [], time.monotonic()
-        if trainer.step % every == 0:
+        if time.monotonic() - saved > 60 * save_minutes:
             trainer.save(folder / STATE)
+            saved = time.monotonic()
+        if trainer.step % every == 0:
             save_sample(trainer, test, folder / f"sample_{trainer.step:06d}.png")
     trainer.save(folder / STATE)
     logger.info("stopped at step %d", trainer.step)
@@ -258,12 +271,15 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the run; resumed if it holds one")
     parser.add_argument("--photos", type=Path, required=True, help="what photos.py made")
     parser.add_argument("--stop-at", type=int, help="stop after this step, to go on later")
-    parser.add_argument("--every", type=int, default=500, help="steps between saves")
+    parser.add_argument("--every", type=int, default=500, help="steps between samples")
+    parser.add_argument("--save-minutes", type=float, default=5, help="minutes between saves")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, value in asdict(Settings()).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
+        elif name == "degradation":
+            parser.add_argument(flag, choices=DEGRADATIONS, default=value)
         else:
             parser.add_argument(flag, type=type(value), default=value)
     args = parser.parse_args()
@@ -281,7 +297,8 @@ def main() -> None:
         trainer.load(state)
         logger.info("resumed at step %d", trainer.step)
     test = Photos(args.photos / "test", 128).batch(6, np.random.default_rng(SAMPLE_SEED))
-    run(args.run, trainer, test, args.stop_at or settings.total_steps, args.every)
+    stop_at = args.stop_at or settings.total_steps
+    run(args.run, trainer, test, stop_at, args.every, args.save_minutes)
 
 
 if __name__ == "__main__":

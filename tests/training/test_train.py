@@ -9,7 +9,8 @@ import torch
 from infdit_core.checkpoint import load_model, open_checkpoint
 from training import export
 from training.data import Photos, condition, reduce_bicubic
-from training.train import STATE, Settings, Trainer
+from training.plot import read_log
+from training.train import LOG, STATE, Settings, Trainer, write_log
 
 TINY = Settings(
     hidden_size=16, num_layers=2, num_heads=2, crop_px=64, batch_size=2, warmup_steps=2,
@@ -85,3 +86,14 @@ def test_the_learning_rate_warms_up_and_falls():
     rates = [TINY.rate(step) for step in range(TINY.total_steps + 1)]
     assert rates[0] < rates[1] == TINY.learning_rate
     assert rates[-1] == pytest.approx(TINY.learning_rate / 100)
+
+
+def test_a_log_with_steps_done_twice_reads_as_done_once(photos, tmp_path):
+    run = trainer(photos)
+    for step, loss in ((50, 3.0), (100, 2.0), (100, 1.0)):  # killed after 100, resumed before it
+        run.step = step
+        write_log(tmp_path / LOG, run, torch.full((2,), 0.2), torch.full((2,), loss), 0.1)
+    log = read_log(tmp_path / LOG)
+    assert log["step"].tolist() == [50, 100]
+    assert log["loss"].tolist() == log["loss_0.1_0.3"].tolist() == [3, 1]
+    assert np.isnan(log["loss_1.0_inf"]).all()
