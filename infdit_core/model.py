@@ -30,6 +30,7 @@ from .layers import (
 )
 from .rope import rotary_factors
 from .schedule import Full, Schedule
+from .streaming import LayerStream
 
 Progress = Callable[[int, int], None]
 """Called after every chunk of every layer with (cells done, cells in all); may raise to cancel."""
@@ -70,6 +71,15 @@ class InfDiT(nn.Module):
             Layer(config, factory, operations) for _ in range(config.num_layers)
         )
         self.final = FinalLayer(config, factory, operations)
+        self._stream: LayerStream | None = None
+
+    def stream_layers(self, device: torch.device | str) -> None:
+        """Compute on `device` with the layers left in main memory, copied there one at a time.
+
+        For networks whose weights do not fit; use with `LayerMajor`, which needs each layer once
+        per evaluation.
+        """
+        self._stream = LayerStream(self, device)
 
     def grid(self, x: Tensor) -> Grid:
         """The block grid of a picture (..., H, W) in pixels.
@@ -209,7 +219,11 @@ class Evaluation:
         if net.vector_embed is not None and cond.vector is not None:
             embed = embed + net.vector_embed(cond.vector.to(self.device, dtype))
         embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
-        self._modulations = [layer.modulation(embed).chunk(4, dim=-1) for layer in self._layers]
+        # streamed layers stay in main memory for so little
+        at_layers = embed if net._stream is None else embed.cpu()
+        self._modulations = [
+            layer.modulation(at_layers).to(self.device).chunk(4, dim=-1) for layer in self._layers
+        ]
         self._final_modulation = net.final.modulation(embed).chunk(2, dim=-1)
         self._progress, self._done, self._total = progress, 0, 0
 
@@ -228,7 +242,8 @@ class Evaluation:
         ).contiguous()
 
     def layer(self, n: int, tokens: Tensor, chunk: Chunk, frontier: Frontier) -> Tensor:
-        net, layer = self._net, self._layers[n]
+        net = self._net
+        layer = self._layers[n] if net._stream is None else net._stream[n]
         attn_shift, attn_scale, mlp_shift, mlp_scale = self._modulations[n]
         rotary = self._rotary.of(chunk, self._config.block_patches)
 

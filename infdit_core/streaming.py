@@ -1,0 +1,52 @@
+"""Transformer layers that stay in main memory and come to the device one at a time.
+
+Layer-major schedules use a layer for the whole picture before they turn to the next, so every
+weight is copied once per evaluation, which is little beside the work of a large picture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .layers import Layer
+
+if TYPE_CHECKING:
+    from .model import InfDiT
+
+
+class LayerStream:
+    """Copies of a network's layers on the device, one at a time.
+
+    Args:
+        net: a network in main memory. All but its layers is moved to the device here; the layers
+            are put into pinned memory if the device is a GPU.
+        device: where the network computes.
+    """
+
+    def __init__(self, net: InfDiT, device: torch.device | str) -> None:
+        self._net, self._device = net, torch.device(device)
+        for name, module in net.named_children():
+            if name != "layers":
+                module.to(self._device)
+        if self._device.type == "cuda":
+            for parameter in net.layers.parameters():
+                parameter.data = parameter.data.pin_memory()
+        self._copy = Layer(net.config, {"device": "meta"}, torch.nn)
+        self._index: int | None = None
+        self.copied = 0
+        """Layers copied so far."""
+
+    def __getitem__(self, n: int) -> Layer:
+        if n != self._index:
+            self._copy.to("meta")  # lets the last layer go before the next one comes
+            weights = {
+                key: value.to(self._device, non_blocking=True)
+                for key, value in self._net.layers[n].state_dict().items()
+            }
+            self._copy.load_state_dict(weights, assign=True)
+            self._copy.requires_grad_(False)
+            self._index = n
+            self.copied += 1
+        return self._copy
