@@ -1,8 +1,9 @@
-"""`python -m infdit_core` (also installed as `infdit`): upscale, convert and inspect."""
+"""`python -m infdit_core` (also installed as `infdit`): upscale, convert, inspect and plan."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -12,14 +13,15 @@ from torch import OutOfMemoryError
 from .cli import build_parser
 from .commands import UsageError
 
-USER_ERROR, INTERRUPTED = 1, 130
+USER_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        the exit status: 0 for success, 1 for an error that the user can mend, 130 if interrupted.
+        the exit status: 0 for success, 1 for an error that the user can mend, 130 if interrupted,
+        141 if nobody reads the output.
 
     Raises:
         SystemExit: with 2 for arguments that make no sense, with 0 after --help.
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format=f"{parser.prog}: %(message)s")
     try:
         return args.command(args)
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         return _report(parser.prog, "interrupted", INTERRUPTED)
     except UsageError as error:
