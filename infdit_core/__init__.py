@@ -8,11 +8,13 @@ from .condition import Condition
 from .config import InfDiTConfig
 from .edm import edm_sigmas
 from .model import InfDiT
+from .planner import PlanError, plan
 from .prepare import Canvas, prepare
-from .sampling import SOLVERS, Step, sample
+from .sampling import PRESETS, SOLVERS, Step, sample
 from .schedule import BlockMajor, Full, LayerMajor, Schedule
 
 __all__ = [
+    "PRESETS",
     "SOLVERS",
     "BlockMajor",
     "Canvas",
@@ -22,10 +24,12 @@ __all__ = [
     "InfDiT",
     "InfDiTConfig",
     "LayerMajor",
+    "PlanError",
     "Schedule",
     "Step",
     "edm_sigmas",
     "load_model",
+    "plan",
     "prepare",
     "sample",
 ]

@@ -29,7 +29,7 @@ from .image_io import READABLE, ImageError, check_writable, read_image, write_im
 from .model import InfDiT
 from .planner import describe, evaluation_flop, gigabytes, plans
 from .prepare import PreparationError, pass_sizes, prepare, target_size
-from .sampling import Step, sample
+from .sampling import PRESETS, Preset, Step, sample
 from .schedule import BlockMajor, Full, LayerMajor, Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,9 +99,11 @@ def _upscale_picture(
     if guide:
         vector = guide.guide(image, args.positive, args.negative, args.text_strength)
     picture = image
-    with _Progress(source.name, args.steps * len(sizes)) as progress:
+    preset = PRESETS[args.preset]
+    preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
+    with _Progress(source.name, preset.steps * len(sizes)) as progress:
         for size in sizes:
-            picture = _one_pass(model, picture, size, vector, progress, args)
+            picture = _one_pass(model, picture, size, vector, preset, progress, args)
     write_image(target, picture, bit_depth=args.bit_depth, info=info)
     (height, width), (to_height, to_width) = source_size, sizes[-1]
     _say(
@@ -115,6 +117,7 @@ def _one_pass(
     picture: Tensor,
     size: tuple[int, int],
     vector: Tensor | None,
+    preset: Preset,
     progress: _Progress,
     args: argparse.Namespace,
 ) -> Tensor:
@@ -125,9 +128,9 @@ def _one_pass(
     result = sample(
         model,
         Condition(canvas.concat.to(device), canvas.lr.to(device), vector),
-        edm_sigmas(args.steps),
+        edm_sigmas(preset.steps),
         noise=noise,
-        solver=args.solver,
+        solver=preset.solver,
         schedule=_schedule(args, model, canvas.concat),
         callback=progress.step,
         progress=progress.cells,

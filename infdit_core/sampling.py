@@ -98,6 +98,25 @@ def _adams_bashforth(nodes: list[float], start: float, end: float) -> list[float
     return weights
 
 
+class Preset(NamedTuple):
+    """A solver and its number of steps."""
+
+    solver: str
+    steps: int
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network: Heun's method takes two a step, but for the last."""
+        return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+
+
+PRESETS = {
+    "exact": Preset("heun", 20),
+    "fast": Preset("multistep", 12),
+    "draft": Preset("multistep", 6),
+}
+"""What the release does, and two that need fewer evaluations (benchmarks/results/solvers.json)."""
+
 SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler, "multistep": multistep}
 
 

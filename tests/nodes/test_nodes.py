@@ -98,6 +98,24 @@ def test_the_seed_chooses_the_picture(load, upscale):
     upscale(model, image, seed=2**64 - 1, steps=1)
 
 
+@pytest.mark.parametrize("preset", ["fast", "draft"])
+def test_presets_take_fewer_evaluations(comfy, load, upscale, monkeypatch, preset):
+    evaluation = comfy.module("infdit_core.model").Evaluation
+    run, runs = evaluation.run, []
+
+    def counted(self, schedule):
+        runs.append(schedule)
+        run(self, schedule)
+
+    model, image = load("tiny")[0], torch.rand(1, 10, 12, 3)
+    exact = upscale(model, image, steps=20)
+    monkeypatch.setattr(evaluation, "run", counted)
+    quick = upscale(model, image, preset=preset)
+    # the schedule that gives way on out of memory runs another inside
+    assert len(runs) == 2 * comfy.module("infdit_core.sampling").PRESETS[preset].evaluations
+    assert (quick - exact).square().mean().sqrt() < 0.1
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_every_weight_dtype_runs(load, upscale, dtype):
     image = torch.rand(1, 10, 12, 3)
