@@ -66,6 +66,7 @@ class InfDiTSampler(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default="exact",
+                    optional=True,
                     tooltip="Exact is the authors' solver with the number of steps above. Fast"
                     " takes 12 evaluations of the network instead of 39, draft 6: good for a"
                     " first look, with less fine detail.",
