@@ -39,6 +39,8 @@ KEY = "hidiffusion"
 """Of our wrappers, and of the `Plan` in transformer_options."""
 _RUN = "hidiffusion_run"
 """Of the `Run` in transformer_options."""
+_OPEN = "hidiffusion_windows"
+"""Of the windows that one layer's attention is working in, in the options of that layer."""
 
 
 class Mode(Enum):
@@ -174,14 +176,15 @@ class Patch:
         return self.with_windows(plan, step, x.device) if self.window_attention else plan
 
     def with_windows(self, plan: Plan, step: int, device: torch.device) -> Plan:
-        layers = [(b, i) for b in self.family.windowed for i in range(self.family.depth)]
-        made: dict[tuple[Size, int], ShiftedWindows] = {}
-        windows = {}
-        for block, index in layers:
-            key = plan.sizes.at(block), shift_quarters(self.seed, step, block, index)
-            if key not in made:
-                made[key] = shifted_windows(*key, device)
-            windows[(*block, index)] = made[key]
+        # New tensors for every layer, though shifts recur: torch.compile would make a new graph
+        # for every pattern of layers that share one.
+        windows = {
+            (*block, index): shifted_windows(
+                plan.sizes.at(block), shift_quarters(self.seed, step, block, index), device
+            )
+            for block in self.family.windowed
+            for index in range(self.family.depth)
+        }
         return replace(plan, windows=windows)
 
 
@@ -239,25 +242,20 @@ def _unpool(h, skip, options):
     return h, skip
 
 
-def _windows_of(options) -> ShiftedWindows | None:
-    return options[KEY].windows.get((*options["block"], options["block_index"]))
-
-
 def _split(q, k, v, options):
     """MSW-MSA before self-attention: tokens (B, H·W, C) to windows (4·B, tokens, C)."""
-    windows = _windows_of(options)
+    windows = options[KEY].windows.get((*options["block"], options["block_index"]))
     # Other numbers of tokens: another node has rearranged them, and stays in charge.
     if windows is None or any(tokens.shape[1] != windows.tokens for tokens in (q, k, v)):
         return q, k, v
+    options[_OPEN] = windows  # this dict lives for one layer
     split = windows.split(q)
     return split, split if k is q else windows.split(k), split if v is q else windows.split(v)
 
 
 def _join(n, options):
-    windows = _windows_of(options)
-    if windows is None or n.shape[0] != 4 * options["activations_shape"][0]:
-        return n
-    return windows.join(n) if n.shape[1] == windows.window_tokens else n
+    windows = options.get(_OPEN)
+    return n if windows is None else windows.join(n)
 
 
 @dataclass(frozen=True)
@@ -272,10 +270,6 @@ class ShiftedWindows:
     @property
     def tokens(self) -> int:
         return self.inverse.shape[0]
-
-    @property
-    def window_tokens(self) -> int:
-        return self.order.shape[0] // 4
 
     def split(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, H·W, C) to (4·B, tokens of a window, C)."""
