@@ -1,0 +1,194 @@
+"""Time UNet evaluations with and without HiDiffusion: python -m benchmarks.hidiffusion ...
+
+A UNet of SDXL's topology with random weights, its width reduced unless --full-width is given; by
+turns plain and in every phase of HiDiffusion, so that ratios are of one run. INFDIT_COMFYUI names
+the folder of a ComfyUI. Writes benchmarks/results/hidiffusion_<device>_<dtype>_<width>.json.
+With a GPU: --full-width --device cuda --dtype fp16 --sizes 1024 1536 2048 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.evaluation import DTYPES, RESULTS, environment, synchronize
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL, REDUCED = 320, 32
+"""Channels of the first level: SDXL's, and those of the small stand-in."""
+MODES = {
+    " + ".join(names) or "plain": mode
+    for mode in itertools.product((False, True), repeat=3)
+    for names in [itertools.compress(("dilated", "pooled", "windows"), mode)]
+}
+"""(RAD, pool, window attention)."""
+STEPS = 30
+
+
+def load_pack(device: torch.device) -> tuple[ModuleType, ModuleType]:
+    """The modules with the hooks and with the rules, loaded as ComfyUI loads this pack."""
+    folder = os.environ.get("INFDIT_COMFYUI")
+    if not folder:
+        raise SystemExit("Expected the folder of a ComfyUI in INFDIT_COMFYUI; it is not set.")
+    # In front, so that `import nodes` finds ComfyUI's nodes.py and not our folder of that name.
+    sys.path.insert(0, folder)
+    importlib.import_module("comfy.cli_args").args.cpu = device.type == "cpu"
+    importlib.import_module("nodes")
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_infdit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    pack = sys.modules["comfyui_infdit"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    names = ("hidiffusion_patch", "hidiffusion_schedule")
+    hooks, rules = (importlib.import_module(f"comfyui_infdit.nodes.{name}") for name in names)
+    return hooks, rules
+
+
+def build_unet(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict]:
+    """SDXL's UNet at `width`, and what it is conditioned on."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.ops import disable_weight_init
+
+    full = width == FULL
+    context_dim, vector = (2048, 2816) if full else (64, 64)
+    unet = UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=width,
+        num_res_blocks=[2, 2, 2],
+        channel_mult=[1, 2, 4],
+        num_head_channels=64 if full else 16,
+        use_spatial_transformer=True,
+        context_dim=context_dim,
+        transformer_depth=[0, 0, 2, 2, 10, 10],
+        transformer_depth_middle=10,
+        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
+        use_linear_in_transformer=True,
+        num_classes="sequential",
+        adm_in_channels=vector,
+        dtype=dtype,
+        device=device,
+        operations=disable_weight_init,
+    )
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in unet.requires_grad_(False).parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(1.0)
+    like = {"dtype": dtype, "device": device}
+    return unet.eval(), {
+        "context": torch.randn(1, 77, context_dim, **like),
+        "y": torch.randn(1, vector, **like),
+    }
+
+
+def measure(evaluate: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict:
+    """Seconds and peak memory of every mode; the modes take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in evaluate}
+    peak = {}
+    for i in range(rounds + 1):
+        for name, run in evaluate.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            if i:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+            if device.type == "cuda":
+                peak[name] = torch.cuda.max_memory_allocated(device)
+    plain = statistics.median(seconds["plain"])
+    return {
+        name: {
+            "seconds": [round(s, 4) for s in times],
+            "of_plain": round(statistics.median(times) / plain, 4),
+            **({"peak_bytes": peak[name]} if peak else {}),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def of_a_run(rules: ModuleType, size: tuple[int, int], modes: dict, windows: bool) -> float:
+    """Time of a run of `STEPS` steps with the authors' phases, as a part of the plain model's."""
+    ratios = rules.official_ratios(rules.SDXL, size, False)
+    phases = rules.phases(rules.SDXL, ratios, aggressive=not rules.SDXL.is_large(size))
+    names = {mode: name for name, mode in MODES.items()}
+    rad, pool = phases.rad.steps(STEPS), phases.pool.steps(STEPS)
+    parts = [modes[names[i in rad, i in pool, windows]]["of_plain"] for i in range(STEPS)]
+    return round(sum(parts) / STEPS, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 1536, 2048])
+    parser.add_argument("--full-width", action="store_true", help="SDXL's own width, 2.6 G weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    width = FULL if args.full_width else REDUCED
+
+    hooks, rules = load_pack(device)
+    unet, cond = build_unet(width, dtype, device)
+    patch = hooks.Patch(rules.SDXL, hooks.Mode.AUTO, True, None, 0, False, False)
+    attention = importlib.import_module("comfy.ldm.modules.attention").optimized_attention
+
+    def evaluation(side: int, mode: tuple[bool, ...]) -> Callable[[], None]:
+        rad, pool, windows = mode
+        size = side // 8, side // 8
+        x = torch.randn(1, 4, *size, dtype=dtype, device=device)
+        t = torch.full((1,), 500.0, device=device)
+
+        def run() -> None:
+            sizes = rules.feature_sizes(rules.SDXL, size, rad, pool)
+            plan = hooks.Plan(rules.SDXL, sizes, rad, pool)
+            plan = patch.with_windows(plan, 0, device) if windows else plan
+            options = hooks.install(plan, {}) if any(mode) else {}
+            with torch.inference_mode():
+                assert unet(x, t, transformer_options=options, **cond).isfinite().all()
+
+        return run
+
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.hidiffusion", *sys.argv[1:]]),
+        "environment": environment(device),
+        "attention": attention.__name__,
+        "width": width,
+        "dtype": args.dtype,
+        "sizes": {},
+    }
+    for side in args.sizes:
+        modes = {name: evaluation(side, mode) for name, mode in MODES.items()}
+        measured = measure(modes, args.rounds, device)
+        runs = {
+            name: of_a_run(rules, (side // 8, side // 8), measured, windows)
+            for name, windows in (("RAU-Net", False), ("RAU-Net + windows", True))
+        }
+        result["sizes"][side] = {"evaluation": measured, f"run_of_{STEPS}_steps_of_plain": runs}
+        print(side, {name: row["of_plain"] for name, row in measured.items()}, runs)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"hidiffusion_{device.type}_{args.dtype}_{width}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
