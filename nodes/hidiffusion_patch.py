@@ -162,7 +162,7 @@ class Patch:
         levels = options.get("sample_sigmas")
         sigmas = [] if levels is None else levels.tolist()
         step = step_index(sigma, sigmas)
-        size = tuple(x.shape[-2:])
+        size = x.shape[-2], x.shape[-1]
         times = self.phases(size, run)
         if self.by_sigma or not run.whole or len(sigmas) < 2:
             part = model_sampling.percent_to_sigma
