@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .guidance import InfDiTGuidance
+from .hidiffusion import HiDiffusion
 from .loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
 from .sampler import InfDiTConditioning, InfDiTDecode, InfDiTSampler
 from .schedule import InfDiTSchedule
@@ -18,4 +19,5 @@ class InfDiTExtension(ComfyExtension):
             InfDiTConditioning,
             InfDiTDecode,
             InfDiTSchedule,
+            HiDiffusion,
         ]
