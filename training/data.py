@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from infdit_core.condition import Condition
 from infdit_core.config import LR_SCALE
 
+FLAT = 2.0
+"""Detail in levels below which a crop is drawn again, once."""
+
 
 class Photos:
     """Photographs that `photos.py` collected, memory-mapped.
@@ -35,14 +38,25 @@ class Photos:
         return torch.stack([self._one(generator) for _ in range(size)])
 
     def _one(self, generator: np.random.Generator) -> Tensor:
-        picture = self._pictures[generator.choice(len(self._pictures), p=self._weights)]
-        top, left = (int(generator.integers(side - self._crop + 1)) for side in picture.shape[:2])
-        crop = np.asarray(picture[top : top + self._crop, left : left + self._crop])
+        crop = self._crop_of_one(generator)
+        if detail(crop) < FLAT:  # sky and blur again and again teach little
+            crop = self._crop_of_one(generator)
         crop = np.rot90(crop, int(generator.integers(4)))
         if generator.integers(2):
             crop = crop[:, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
         return tensor.float() / 127.5 - 1
+
+    def _crop_of_one(self, generator: np.random.Generator) -> np.ndarray:
+        picture = self._pictures[generator.choice(len(self._pictures), p=self._weights)]
+        top, left = (int(generator.integers(side - self._crop + 1)) for side in picture.shape[:2])
+        return np.asarray(picture[top : top + self._crop, left : left + self._crop])
+
+
+def detail(crop: np.ndarray) -> float:
+    """Mean absolute difference between neighbours, in levels, of a (H, W, 3) uint8 picture."""
+    levels = crop.astype(np.int16)
+    return float(np.mean([np.abs(np.diff(levels, axis=axis)).mean() for axis in (0, 1)]))
 
 
 def reduce_bicubic(picture: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from infdit_core.checkpoint import release_state_dict
-from training.train import STATE, Settings
+from infdit_core.config import InfDiTConfig
+from training.train import STATE
 
 
 def main() -> None:
@@ -30,11 +31,11 @@ def main() -> None:
 def export(run: Path, out: Path, commit: str | None = None) -> None:
     """Convert RUN's state file to OUT."""
     state = torch.load(run / STATE, map_location="cpu", weights_only=True)
-    settings = Settings(**state["settings"])
-    weights = release_state_dict(state["ema"], settings.config)
+    config = InfDiTConfig(**state["config"])
+    weights = release_state_dict(state["ema"], config)
     metadata = {
         "format": "pt",
-        "infdit.config": json.dumps(asdict(settings.config)),
+        "infdit.config": json.dumps(asdict(config)),
         "infdit.dtype": "bf16",
         "infdit.training": json.dumps(state["settings"]),
         "infdit.steps": str(state["step"]),

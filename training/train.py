@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from infdit_core.checkpoint import load_model
 from infdit_core.condition import Condition
 from infdit_core.config import InfDiTConfig
 from infdit_core.edm import edm_sigmas, loss_weight
@@ -36,6 +37,7 @@ STATE = "state.pt"
 LOG = "log.csv"
 SAMPLE_SEED = 1
 DEGRADATIONS = ("bicubic", "realesrgan")
+OPTIMIZERS = ("adamw", "muon")
 LEVELS = (0.0, 0.1, 0.3, 1.0, math.inf)
 """Bounds of sigma between which the log averages the loss."""
 
@@ -63,8 +65,11 @@ class Settings:
     lr_dropout: float = 0.07
     degradation: str = DEGRADATIONS[0]
     max_origin_blocks: int = 256
+    optimizer: str = OPTIMIZERS[0]
     bf16: bool = False
     seed: int = 0
+    checkpoint: str = ""
+    """File to start from; it then sets the sizes. Empty for random weights."""
 
     @property
     def config(self) -> InfDiTConfig:
@@ -92,14 +97,18 @@ class Trainer:
     def __init__(self, settings: Settings, photos: Photos, device: torch.device) -> None:
         self.settings, self.photos, self.device = settings, photos, device
         torch.manual_seed(settings.seed)
-        self.model = initialise(InfDiT(settings.config)).to(device)
+        if settings.checkpoint:
+            self.model = load_model(settings.checkpoint, device).train().requires_grad_(True)
+        else:
+            self.model = initialise(InfDiT(settings.config)).to(device)
+        self.config = self.model.config
+        if settings.crop_px % self.config.block_px:
+            raise ValueError(
+                f"crop_px: expected a multiple of the block side {self.config.block_px},"
+                f" got {settings.crop_px}"
+            )
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizers = optimizers(self.model, settings)
         self.numpy = np.random.default_rng(settings.seed)
         self.torch = torch.Generator().manual_seed(settings.seed)
         self.step = 0
@@ -109,13 +118,14 @@ class Trainer:
         settings = self.settings
         picture = self.photos.batch(settings.batch_size, self.numpy)
         cond = self._drop(condition(self._reduce(picture), self._origin()))
-        normal = torch.randn(settings.batch_size, generator=self.torch)
+        normal = stratified_normal(settings.batch_size, self.torch)
         sigma = (settings.p_mean + settings.p_std * normal).exp()
         noise = torch.randn(picture.shape, generator=self.torch)
         noisy = picture + sigma[:, None, None, None] * noise
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
             denoised = self.model.denoise(
                 noisy.to(self.device), sigma.to(self.device), self._to_device(cond), Full()
@@ -124,8 +134,9 @@ class Trainer:
         losses = loss_weight(sigma).to(self.device) * errors
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._average()
         return sigma, losses.detach().cpu()
@@ -138,17 +149,26 @@ class Trainer:
     def _origin(self) -> tuple[int, int]:
         """Random rotary start positions, whole blocks, so that a crop is like any other place."""
         blocks = self.numpy.integers(self.settings.max_origin_blocks, size=2)
-        row, column = (int(n) * self.settings.config.block_patches for n in blocks)
+        row, column = (int(n) * self.config.block_patches for n in blocks)
         return row, column
 
     def _drop(self, cond: Condition) -> Condition:
         """Without the LR picture now and then, as the paper trains."""
         keep = torch.rand(cond.lr.shape[0], generator=self.torch) >= self.settings.lr_dropout
         mask = keep.float()[:, None, None, None]
-        return Condition(cond.concat * mask, cond.lr * mask, origin=cond.origin)
+        return Condition(cond.concat * mask, cond.lr * mask, self._vector(), cond.origin)
+
+    def _vector(self) -> Tensor | None:
+        """A model with CLIP is trained here as without its description, which is zero."""
+        if not self.config.vector_size:
+            return None
+        return torch.zeros(self.settings.batch_size, self.config.vector_size)
 
     def _to_device(self, cond: Condition) -> Condition:
-        return Condition(cond.concat.to(self.device), cond.lr.to(self.device), origin=cond.origin)
+        vector = None if cond.vector is None else cond.vector.to(self.device)
+        return replace(
+            cond, concat=cond.concat.to(self.device), lr=cond.lr.to(self.device), vector=vector
+        )
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -157,7 +177,7 @@ class Trainer:
             self.ema[name].lerp_(value, 1 - decay)
 
     def ema_model(self) -> InfDiT:
-        model = InfDiT(self.settings.config, device="meta")
+        model = InfDiT(self.config, device="meta")
         model.load_state_dict(self.ema, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -165,9 +185,10 @@ class Trainer:
         """Write the whole state under a temporary name, then rename."""
         state = {
             "settings": asdict(self.settings),
+            "config": asdict(self.config),
             "model": self.model.state_dict(),
             "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "numpy": json.dumps(self.numpy.bit_generator.state),
             "torch": self.torch.get_state(),
@@ -180,10 +201,39 @@ class Trainer:
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.ema = state["ema"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
         self.numpy.bit_generator.state = json.loads(state["numpy"])
         self.torch.set_state(state["torch"].cpu())
+
+
+def optimizers(model: InfDiT, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices inside the layers and AdamW for everything else."""
+    inner, other = [], list(model.parameters())
+    if settings.optimizer == "muon":
+        inner = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
+        chosen = set(map(id, inner))
+        other = [p for p in other if id(p) not in chosen]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(other, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+    ]
+    if inner:
+        found.append(
+            torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return found
+
+
+def stratified_normal(size: int, generator: torch.Generator) -> Tensor:
+    """(size,) standard normal values, one from each of `size` equally likely ranges.
+
+    Each alone is normal; together they cover the noise levels, so the loss varies less.
+    """
+    ranges = torch.randperm(size, generator=generator)
+    uniform = (ranges + torch.rand(size, generator=generator)) / size
+    return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
 
 
 def initialise(model: InfDiT) -> InfDiT:
@@ -280,6 +330,8 @@ def main() -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
         elif name == "degradation":
             parser.add_argument(flag, choices=DEGRADATIONS, default=value)
+        elif name == "optimizer":
+            parser.add_argument(flag, choices=OPTIMIZERS, default=value)
         else:
             parser.add_argument(flag, type=type(value), default=value)
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """The trainer: resuming loses nothing, and what it exports is a checkpoint."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ import torch
 
 from infdit_core.checkpoint import load_model, open_checkpoint
 from training import export
-from training.data import Photos, condition, reduce_bicubic
+from training.data import FLAT, Photos, condition, detail, reduce_bicubic
 from training.plot import read_log
-from training.train import LOG, STATE, Settings, Trainer, write_log
+from training.train import LOG, STATE, Settings, Trainer, stratified_normal, write_log
 
 TINY = Settings(
     hidden_size=16, num_layers=2, num_heads=2, crop_px=64, batch_size=2, warmup_steps=2,
@@ -27,19 +28,20 @@ def photos(tmp_path_factory):
     return Photos(folder, TINY.crop_px)
 
 
-def trainer(photos):
-    return Trainer(TINY, photos, torch.device("cpu"))
+def trainer(photos, **changes):
+    return Trainer(replace(TINY, **changes), photos, torch.device("cpu"))
 
 
-def test_resuming_equals_never_stopping(photos, tmp_path):
-    whole = trainer(photos)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_equals_never_stopping(photos, tmp_path, optimizer):
+    whole = trainer(photos, optimizer=optimizer)
     losses = [whole.train_step()[1] for _ in range(5)]
 
-    first = trainer(photos)
+    first = trainer(photos, optimizer=optimizer)
     for _ in range(3):
         first.train_step()
     first.save(tmp_path / STATE)
-    second = trainer(photos)
+    second = trainer(photos, optimizer=optimizer)
     second.load(tmp_path / STATE)
     assert second.step == 3
     for expected in losses[3:]:
@@ -50,8 +52,9 @@ def test_resuming_equals_never_stopping(photos, tmp_path):
         assert torch.equal(value, second.ema[name]), name
 
 
-def test_training_lowers_the_loss_of_its_own_batch(photos):
-    run = trainer(photos)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_changes_every_parameter(photos, optimizer):
+    run = trainer(photos, optimizer=optimizer)
     assert run.train_step()[1].mean() == pytest.approx(1, rel=0.5)  # EDM: 1 at every sigma at first
     start = {k: v.clone() for k, v in run.model.state_dict().items()}
     for _ in range(5):
@@ -97,3 +100,40 @@ def test_a_log_with_steps_done_twice_reads_as_done_once(photos, tmp_path):
     assert log["step"].tolist() == [50, 100]
     assert log["loss"].tolist() == log["loss_0.1_0.3"].tolist() == [3, 1]
     assert np.isnan(log["loss_1.0_inf"]).all()
+
+
+def test_training_goes_on_from_a_checkpoint_of_another_size(photos, tmp_path):
+    run = trainer(photos, hidden_size=32)
+    run.train_step()
+    run.save(tmp_path / STATE)
+    export.export(tmp_path, tmp_path / "model.safetensors", commit="abc")
+    tuned = trainer(photos, checkpoint=str(tmp_path / "model.safetensors"))
+    assert tuned.config.hidden_size == 32
+    for name, value in tuned.model.state_dict().items():
+        assert torch.equal(value, run.ema[name].bfloat16().float()), name
+    tuned.train_step()
+
+
+def test_crops_must_be_whole_blocks(photos):
+    with pytest.raises(ValueError, match="multiple of the block side 32, got 80"):
+        trainer(photos, crop_px=80)
+
+
+def test_stratified_noise_levels_are_normal_and_cover_the_range():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([stratified_normal(8, generator) for _ in range(2000)])
+    assert abs(drawn.mean()) < 0.01
+    assert drawn.std() == pytest.approx(1, abs=0.02)
+    counts = torch.special.ndtr(drawn).mul(8).long().sort(dim=1).values
+    assert torch.equal(counts, torch.arange(8).expand(2000, 8))
+    assert abs(torch.corrcoef(drawn.T)[0, 1]) < 0.25  # the order within a batch is random
+
+
+def test_flat_crops_are_drawn_again(tmp_path):
+    picture = np.zeros((64, 128, 3), dtype=np.uint8)
+    picture[:, 64:] = np.random.default_rng(0).integers(256, size=(64, 64, 3))
+    np.save(tmp_path / "half.npy", picture)
+    photos, generator = Photos(tmp_path, 32), np.random.default_rng(0)
+    crops = ((photos.batch(400, generator) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    flat = sum(detail(crop) < FLAT for crop in crops) / len(crops)
+    assert 0.05 < flat < 0.2  # a third of the places, so a ninth after the second try
