@@ -150,8 +150,7 @@ class HiDiffusion(io.ComfyNode):
             ratios=Ratios(t1, t2, aggressive_ratio) if preset == _CUSTOM else None,
             seed=seed,
             by_sigma=timing == _SIGMA,
-            # The authors never use the aggressive mode for in-painting models.
-            inpainting=model.get_model_object("diffusion_model").in_channels == 9,
+            gentle=_is_gentle(model),
         )
         model = model.clone()
         if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
@@ -190,6 +189,12 @@ def _family(model: Any, preset: str) -> Family:
     # SD 2.1 for 768 px is the one with v-prediction.
     v_prediction = model.model.model_type == ModelType.V_PREDICTION
     return replace(chosen, native=96) if chosen is SD15 and v_prediction else chosen
+
+
+def _is_gentle(model: Any) -> bool:
+    """Whether it is an in-painting model, or Playground 2.5: the one SDXL with EDM noise levels."""
+    inpainting = model.get_model_object("diffusion_model").in_channels == 9
+    return inpainting or model.model.model_type == ModelType.EDM
 
 
 def _layout(unet: UNetModel) -> str:

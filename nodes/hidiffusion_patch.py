@@ -85,7 +85,8 @@ class Patch:
     """None: the authors'."""
     seed: int
     by_sigma: bool
-    inpainting: bool
+    gentle: bool
+    """A model that the authors do not use the aggressive mode for."""
 
     def phases(self, size: Size, run: Run) -> Phases:
         """The phases of RAU-Net for a latent of `size`."""
@@ -93,7 +94,7 @@ class Patch:
         if self.rau_net == Mode.OFF or run.deep_shrink or (auto and self.family.is_native(size)):
             return Phases()
         aggressive = self.rau_net == Mode.AGGRESSIVE or (
-            auto and not self.family.is_large(size) and not self.inpainting
+            auto and not self.family.is_large(size) and not self.gentle
         )
         ratios = self.ratios or official_ratios(self.family, size, run.controlnet)
         return phases(self.family, ratios, aggressive)
