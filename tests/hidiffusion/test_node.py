@@ -44,8 +44,9 @@ def test_other_unets_get_a_clear_error(comfy, apply):
     with pytest.raises(ValueError, match="HiDiffusion: expected the blocks of SDXL"):
         apply(refiner)
     video = base_model(
-        "sd15", use_temporal_attention=True, use_temporal_resblock=True, video_kernel_size=[3, 1, 1]
-    )
+        "sd15", use_temporal_attention=True, use_temporal_resblock=True,
+        video_kernel_size=[3, 1, 1], merge_strategy="learned_with_images", merge_factor=0.0,
+    )  # fmt: skip
     with pytest.raises(ValueError, match=r"expected the blocks.* got Tiny with the blocks r\?\?D"):
         apply(video)
 

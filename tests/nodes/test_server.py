@@ -19,6 +19,7 @@ NODE_IDS = {
     "InfDiTConditioning",
     "InfDiTDecode",
     "InfDiTSchedule",
+    "HiDiffusion",
 }
 
 
