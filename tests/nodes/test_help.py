@@ -56,6 +56,13 @@ def test_options_and_ranges_in_the_pages_are_those_of_the_nodes(comfy):
                 assert (float(default) if number else default) == expected, where
 
 
+def test_pictures_in_the_pages_are_beside_them():
+    # The interface looks for what has no folder of its own under docs/.
+    for page in DOCS.glob("*.md"):
+        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text("utf-8")):
+            assert (DOCS / picture).is_file(), f"{page} shows {picture}"
+
+
 def test_pages_name_only_nodes_that_there_are(comfy):
     titles = {node.GET_SCHEMA().display_name for node in comfy.nodes.values()}
     for page in DOCS.glob("*.md"):
