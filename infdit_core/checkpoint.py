@@ -11,6 +11,7 @@ import logging
 import mmap
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ _FOREIGN = (
 
 _ADALN = "mixins.adaln_layer."
 _LAYER = "transformer.layers.{n}."
-_SEGMENTS = _ADALN + "re_pos_embed"  # (L, 4, A, d): one tensor for all layers
+_SEGMENTS = _ADALN + "re_pos_embed"  # (L, 4, A, d): one tensor for all layers, here one for each
+_MODULATION = _ADALN + "adaLN_modulations.{n}.1.{leaf}"  # one for each layer, here one for all
 
 MODULE_NAMES = {
     "mixins.patch_embed.proj": "patch_embed",
@@ -72,7 +74,6 @@ MODULE_NAMES = {
     "cond_embed.map_vector.0": "vector_embed.mlp.0",
     "cond_embed.map_vector.2": "vector_embed.mlp.2",
     _ADALN + "proj_lr": "lr_embed",
-    _ADALN + "adaLN_modulations.{n}.1": "layers.{n}.modulation",
     _LAYER + "attention.query_key_value": "layers.{n}.attention.qkv",
     _LAYER + "attention.dense": "layers.{n}.attention.dense",
     _ADALN + "q_layer_norm.{n}": "layers.{n}.attention.qk_norm",
@@ -225,6 +226,8 @@ def network_state_dict(checkpoint: Checkpoint, config: InfDiTConfig) -> dict[str
     state = {ours: checkpoint.tensor(key) for key, ours in _renames(config).items()}
     for n, segments in enumerate(checkpoint.tensor(_SEGMENTS)):
         state[_segment_name(n)] = segments
+    for leaf, keys in _modulation_keys(config).items():
+        state[f"modulations.{leaf}"] = torch.cat([checkpoint.tensor(key) for key in keys])
     return state
 
 
@@ -233,6 +236,9 @@ def release_state_dict(state_dict: Mapping[str, Tensor], config: InfDiTConfig) -
     state = {key: state_dict[ours] for key, ours in _renames(config).items()}
     segments = [state_dict[_segment_name(n)] for n in range(config.num_layers)]
     state[_SEGMENTS] = torch.stack(segments)
+    for leaf, keys in _modulation_keys(config).items():
+        parts = state_dict[f"modulations.{leaf}"].chunk(config.num_layers)
+        state.update(zip(keys, parts, strict=True))
     return state
 
 
@@ -275,12 +281,21 @@ def _renames(config: InfDiTConfig) -> dict[str, str]:
         for release, ours in MODULE_NAMES.items()
         for n in range(config.num_layers)
     }
+    several = {_SEGMENTS, *chain.from_iterable(_modulation_keys(config).values())}
     renames = {}
     for key in config.parameter_shapes():
         module, _, leaf = key.rpartition(".")
-        if key != _SEGMENTS:
+        if key not in several:
             renames[key] = modules[key] if key in modules else f"{modules[module]}.{leaf}"
     return renames
+
+
+def _modulation_keys(config: InfDiTConfig) -> dict[str, list[str]]:
+    """The release's weights and biases that make the modulations of all layers."""
+    layers = range(config.num_layers)
+    return {
+        leaf: [_MODULATION.format(n=n, leaf=leaf) for n in layers] for leaf in ("weight", "bias")
+    }
 
 
 def _segment_name(layer: int) -> str:

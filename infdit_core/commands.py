@@ -60,7 +60,7 @@ def upscale(args: argparse.Namespace) -> int:
                 f"{target.parent} cannot be made ({error.strerror}); expected a folder to write to"
             ) from error
         check_writable(target, alpha=False, bit_depth=args.bit_depth)
-    model = load_model(args.model, device, dtype)
+    model = _load(args.model, device, dtype)
     failures = 0
     for source, target in jobs:
         try:
@@ -272,6 +272,18 @@ def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:
     return guide
 
 
+def _load(path: Path, device: torch.device, dtype: torch.dtype) -> InfDiT:
+    """The model on its device, or with its layers in main memory where it does not fit."""
+    try:
+        return load_model(path, device, dtype)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    model = load_model(path, "cpu", dtype)
+    model.stream_layers(device)
+    return model
+
+
 def _check_schedule(args: argparse.Namespace) -> None:
     if args.blocks is not None and args.schedule not in ("block-major", "layer-major"):
         raise UsageError("--blocks goes with --schedule block-major or layer-major")
@@ -289,8 +301,8 @@ def _schedule(args: argparse.Namespace, model: InfDiT, concat: Tensor) -> Schedu
     weight = model.final.linear.weight
     memory = args.memory
     if memory is None and weight.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(weight.device)[0]
-    weights = args.memory is not None  # free memory is what is left beside them
+        held = sum(p.nbytes for p in model.parameters() if p.device == weight.device)
+        memory = torch.cuda.mem_get_info(weight.device)[0] + held
     height, width = concat.shape[-2:]
     found = plans(
         model.config,
@@ -298,7 +310,6 @@ def _schedule(args: argparse.Namespace, model: InfDiT, concat: Tensor) -> Schedu
         width,
         weight.dtype,
         device=weight.device.type,
-        weights=weights,
     )
     return Adaptive(found, memory)
 

@@ -172,11 +172,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: its modulation, block attention and MLP."""
+    """One transformer layer: block attention and MLP. `InfDiT` makes the modulations of all."""
 
     def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
         super().__init__()
-        self.modulation = ops.Linear(config.hidden_size, 4 * config.hidden_size, **factory)
         self.attention = BlockAttention(config, factory, ops)
         self.mlp = MLP(config, factory, ops)
 

@@ -67,6 +67,7 @@ class InfDiT(nn.Module):
         )
         self.lr_embed = operations.Conv2d(3, h, 2, stride=2, **factory)
         self.cross_attention = LRCrossAttention(config, factory, operations)
+        self.modulations = operations.Linear(h, config.num_layers * 4 * h, **factory)
         self.layers = nn.ModuleList(
             Layer(config, factory, operations) for _ in range(config.num_layers)
         )
@@ -219,11 +220,10 @@ class Evaluation:
         if net.vector_embed is not None and cond.vector is not None:
             embed = embed + net.vector_embed(cond.vector.to(self.device, dtype))
         embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
-        # streamed layers stay in main memory for so little
-        at_layers = embed if net._stream is None else embed.cpu()
-        self._modulations = [
-            layer.modulation(at_layers).to(self.device).chunk(4, dim=-1) for layer in self._layers
-        ]
+        # like streamed layers, these weights stay in main memory
+        at_weights = embed if net._stream is None else embed.cpu()
+        modulations = net.modulations(at_weights).to(self.device)
+        self._modulations = modulations.unflatten(-1, (self.num_layers, 4, -1)).unbind(1)
         self._final_modulation = net.final.modulation(embed).chunk(2, dim=-1)
         self._progress, self._done, self._total = progress, 0, 0
 
@@ -231,6 +231,10 @@ class Evaluation:
         """Fill `result` in the order of a schedule. Calling again begins again."""
         self._done, self._total = 0, schedule.cells(self.grid, self.num_layers)
         schedule.run(self)
+
+    def stream_weights(self) -> None:
+        if self._net._stream is None:
+            self._net.stream_layers(self.device)
 
     def embed(self, chunk: Chunk) -> Tensor:
         rows, columns = chunk.scaled(self._config.block_px)
@@ -244,7 +248,7 @@ class Evaluation:
     def layer(self, n: int, tokens: Tensor, chunk: Chunk, frontier: Frontier) -> Tensor:
         net = self._net
         layer = self._layers[n] if net._stream is None else net._stream[n]
-        attn_shift, attn_scale, mlp_shift, mlp_scale = self._modulations[n]
+        attn_shift, attn_scale, mlp_shift, mlp_scale = self._modulations[n].unbind(1)
         rotary = self._rotary.of(chunk, self._config.block_patches)
 
         tokens = tokens + layer.attention(

@@ -21,6 +21,7 @@ from .grid import Chunk, Frontier, Grid
 from .live_bytes import LiveBytes
 from .model import Evaluation, InfDiT
 from .schedule import BlockMajor, Full, LayerMajor, Schedule
+from .streaming import resident_parameters
 
 SAMPLER_PICTURES = 8
 """Float32 pictures of (3, H, W) that a solver keeps beside the network's own result: the picture,
@@ -35,7 +36,8 @@ _LARGE_CHUNK_COST = 0.07
 _LR_ANEW_COST = 0.01
 _HOST_TOKENS_COST = 0.2
 _HOST_PICTURES_COST = 0.1
-"""Guesses: moving tokens or pictures between device and host, beside the computation."""
+_HOST_WEIGHTS_COST = 0.1
+"""Guesses: moving tokens, pictures or weights between device and host, beside the computation."""
 
 
 class PlanError(ValueError):
@@ -107,7 +109,7 @@ def plans(
     """All schedules worth considering, the fastest first; arguments as for `peak_bytes`."""
     grid = grid_of(config, height, width)
     found = []
-    for schedule in _candidates(grid, device):
+    for schedule in _candidates(grid, device, weights):
         chunk = _largest_chunk(schedule, grid)
         cost = _cost(chunk.rows * chunk.columns * config.block_tokens * batch, device)
         peak = peak_bytes(
@@ -117,12 +119,15 @@ def plans(
         if isinstance(schedule, LayerMajor):
             if not schedule.keep_lr:
                 cost += _LR_ANEW_COST
-            if schedule.tokens_device is not None:
+            if schedule.tokens_on_host:
                 cost += _HOST_TOKENS_COST
                 host_bytes += _blocks(grid) * _block_bytes(config, dtype, batch)
             if schedule.pictures_device is not None:
                 cost += _HOST_PICTURES_COST
                 host_bytes += _picture_bytes(config, grid, batch)
+            if schedule.stream_weights:
+                cost += _HOST_WEIGHTS_COST
+                host_bytes += weight_bytes(config, dtype) - streamed_weight_bytes(config, dtype)
         found.append(Plan(schedule, peak, host_bytes, cost))
     return sorted(found, key=lambda p: (round(p.cost, 2), p.peak_bytes))
 
@@ -149,7 +154,8 @@ def peak_bytes(
     if pictures and schedule.pictures_device is None:
         total += _picture_bytes(config, grid, batch)
     if weights:
-        total += weight_bytes(config, dtype)
+        streamed = isinstance(schedule, LayerMajor) and schedule.stream_weights
+        total += (streamed_weight_bytes if streamed else weight_bytes)(config, dtype)
     return total
 
 
@@ -163,15 +169,25 @@ def evaluation_bytes(
         return at_work + config.num_layers * _frontier_bytes(config, grid, chunk, dtype, batch)
     if isinstance(schedule, LayerMajor):
         at_work += _frontier_bytes(config, grid, chunk, dtype, batch)
-        if schedule.tokens_device is None:
-            waiting = _blocks(grid) - chunk.rows * chunk.columns
-            at_work += waiting * _block_bytes(config, dtype, batch)
+        blocks = chunk.rows * chunk.columns
+        waiting = _blocks(grid) - blocks
+        if schedule.tokens_on_host:  # two slots for what comes, one of them counted; what leaves
+            waiting = min(2 * blocks, waiting)
+        at_work += waiting * _block_bytes(config, dtype, batch)
     return at_work
 
 
 def weight_bytes(config: InfDiTConfig, dtype: torch.dtype) -> int:
     """Bytes of the network's parameters."""
     return sum(math.prod(s) for s in config.parameter_shapes().values()) * dtype.itemsize
+
+
+def streamed_weight_bytes(config: InfDiTConfig, dtype: torch.dtype) -> int:
+    """Bytes of parameters on the device where layers come one at a time."""
+    net = InfDiT(config, dtype=dtype, device="meta")
+    return sum(p.nbytes for p in resident_parameters(net)) + sum(
+        p.nbytes for p in net.layers[0].parameters()
+    )
 
 
 def evaluation_flop(config: InfDiTConfig, height: int, width: int) -> float:
@@ -191,9 +207,10 @@ def describe(schedule: Schedule) -> str:
         case BlockMajor(blocks=n):
             return f"block by block, {n}×{n} at a time"
         case LayerMajor(blocks_per_chunk=m):
-            where = ", tokens on the host" if schedule.tokens_device is not None else ""
+            where = ", tokens on the host" if schedule.tokens_on_host else ""
             where += "" if schedule.keep_lr else ", LR keys made anew"
             where += ", pictures on the host" if schedule.pictures_device is not None else ""
+            where += ", weights on the host" if schedule.stream_weights else ""
             return f"layer by layer, {m} block{'s' * (m > 1)} at a time{where}"
     return "the whole picture at once"
 
@@ -203,7 +220,7 @@ def grid_of(config: InfDiTConfig, height: int, width: int) -> Grid:
     return Grid(math.ceil(height / config.block_px), math.ceil(width / config.block_px))
 
 
-def _candidates(grid: Grid, device: str) -> Iterator[Schedule]:
+def _candidates(grid: Grid, device: str, weights: bool) -> Iterator[Schedule]:
     longer, shorter = max(grid), grid.shorter
     yield Full()
     sizes = [lines * shorter for lines in _halvings(longer)]
@@ -212,9 +229,13 @@ def _candidates(grid: Grid, device: str) -> Iterator[Schedule]:
         yield LayerMajor(size)
         yield LayerMajor(size, keep_lr=False)
         if device != "cpu":
-            yield LayerMajor(size, tokens_device="cpu")
-            yield LayerMajor(size, tokens_device="cpu", keep_lr=False)
-            yield LayerMajor(size, tokens_device="cpu", keep_lr=False, pictures_device="cpu")
+            yield LayerMajor(size, tokens_on_host=True)
+            lean = LayerMajor(size, tokens_on_host=True, keep_lr=False)
+            yield lean
+            lean = replace(lean, pictures_device="cpu")
+            yield lean
+            if weights:
+                yield replace(lean, stream_weights=True)
     for blocks in _halvings(shorter):
         yield BlockMajor(blocks)
 

@@ -10,6 +10,7 @@ every order that takes chunks from the top left gives the same result. What diff
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .grid import Chunk, Frontier, Grid
+from .host_tokens import HostTokens
 
 
 class Evaluation(Protocol):
@@ -28,6 +30,10 @@ class Evaluation(Protocol):
 
     def run(self, schedule: Schedule) -> None:
         """Compute everything in the order of a schedule. Calling again begins again."""
+        ...
+
+    def stream_weights(self) -> None:
+        """Keep the layers' weights on the host from now on."""
         ...
 
     def embed(self, chunk: Chunk) -> Tensor:
@@ -115,12 +121,14 @@ class LayerMajor:
     """
 
     blocks_per_chunk: int = 1
-    tokens_device: str | torch.device | None = None
-    """Where tokens wait between layers; None for the device of the model."""
+    tokens_on_host: bool = False
+    """Tokens wait in the host's memory between layers, instead of that of the model's device."""
     keep_lr: bool = True
     """Off: keys and values of the LR picture are made anew for every chunk, 0.1 % of the work."""
     pictures_device: str | torch.device | None = None
     """Where the solver's pictures live; None for the device of the model."""
+    stream_weights: bool = False
+    """The layers' weights stay on the host and come to the device one layer at a time."""
 
     def __post_init__(self) -> None:
         _require_positive("blocks_per_chunk", self.blocks_per_chunk)
@@ -131,17 +139,24 @@ class LayerMajor:
         return list(grid.chunks(lines, grid.shorter) if lines else grid.chunks(1, length))
 
     def run(self, evaluation: Evaluation) -> None:
+        if self.stream_weights:
+            evaluation.stream_weights()
         chunks = self.chunks(evaluation.grid)
-        home = self.tokens_device or evaluation.device
-        tokens = [evaluation.embed(chunk).to(home) for chunk in chunks]
-        for n in range(evaluation.num_layers):
-            frontier = Frontier(evaluation.grid)
+        with self._tokens(evaluation.device, len(chunks)) as tokens:
+            for chunk in chunks:
+                tokens.append(evaluation.embed(chunk))
+            for n in range(evaluation.num_layers):
+                frontier = Frontier(evaluation.grid)
+                for i, chunk in enumerate(chunks):
+                    tokens[i] = evaluation.layer(n, tokens[i], chunk, frontier)
             for i, chunk in enumerate(chunks):
-                moved = tokens[i].to(evaluation.device)
-                tokens[i] = evaluation.layer(n, moved, chunk, frontier).to(home)
-                del moved
-        for i, chunk in enumerate(chunks):
-            evaluation.write(tokens[i].to(evaluation.device), chunk)
+                evaluation.write(tokens[i], chunk)
+
+    def _tokens(
+        self, device: torch.device, count: int
+    ) -> AbstractContextManager[list[Tensor] | HostTokens]:
+        """Where the tokens of all chunks wait between layers."""
+        return HostTokens(device, count) if self.tokens_on_host else nullcontext([])
 
     def cells(self, grid: Grid, num_layers: int) -> int:
         return num_layers * len(self.chunks(grid))

@@ -6,9 +6,11 @@ weight is copied once per evaluation, which is little beside the work of a large
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .layers import Layer
 
@@ -16,20 +18,30 @@ if TYPE_CHECKING:
     from .model import InfDiT
 
 
+STREAMED = ("layers", "modulations")
+"""Parts of the network that stay in main memory."""
+
+
+def resident_parameters(net: InfDiT) -> Iterator[Tensor]:
+    """The parameters of all other parts."""
+    for name, module in net.named_children():
+        if name not in STREAMED:
+            yield from module.parameters()
+
+
 class LayerStream:
     """Copies of a network's layers on the device, one at a time.
 
     Args:
-        net: a network in main memory. All but its layers is moved to the device here; the layers
-            are put into pinned memory if the device is a GPU.
+        net: a network. Its layers and modulations are moved to main memory here, pinned if the
+            device is a GPU, and everything else to the device.
         device: where the network computes.
     """
 
     def __init__(self, net: InfDiT, device: torch.device | str) -> None:
         self._net, self._device = net, torch.device(device)
         for name, module in net.named_children():
-            if name != "layers":
-                module.to(self._device)
+            module.to("cpu" if name in STREAMED else self._device)
         if self._device.type == "cuda":
             for parameter in net.layers.parameters():
                 parameter.data = parameter.data.pin_memory()

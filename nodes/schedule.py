@@ -77,7 +77,7 @@ class InfDiTSchedule(io.ComfyNode):
         elif schedule == _BLOCKS:
             options[SCHEDULE] = BlockMajor(blocks)
         elif schedule == _LAYERS:
-            options[SCHEDULE] = LayerMajor(blocks, "cpu" if tokens_on_cpu else None)
+            options[SCHEDULE] = LayerMajor(blocks, tokens_on_host=tokens_on_cpu)
         elif memory_gb:
             options[MEMORY] = memory_gb * 1e9
         return io.NodeOutput(model)

@@ -240,7 +240,7 @@ def initialise(model: InfDiT) -> InfDiT:
     """Small normal weights; modulations and output zero, so that D starts as c_skip · x."""
     depth = 1 / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
-        if name.startswith("final.") or ".modulation." in name or name.endswith("bias"):
+        if name.startswith("final.") or name.startswith("modulations.") or name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif "norm" in name:
             nn.init.ones_(parameter)

@@ -27,7 +27,7 @@ def test_all_schedules_agree(model, grid):
     sigma = torch.tensor([0.3, 5.0])
     expected = model.denoise(x, sigma, cond, Full())
     for n in SIZES:
-        for schedule in (BlockMajor(n), LayerMajor(n), LayerMajor(n, tokens_device="cpu")):
+        for schedule in (BlockMajor(n), LayerMajor(n), LayerMajor(n, tokens_on_host=True)):
             result = model.denoise(x, sigma, cond, schedule)
             torch.testing.assert_close(
                 result, expected, atol=1e-5, rtol=0, msg=lambda m, s=schedule: f"{s}: {m}"
@@ -114,6 +114,6 @@ def test_lr_keys_made_for_each_chunk_anew_give_the_same(model, grid):
 def test_where_things_live_does_not_change_the_picture(model):
     noise, cond = random_condition(model, 2, 3)
     expected = sample(model, cond, edm_sigmas(3), noise=noise)
-    schedule = LayerMajor(2, tokens_device="cpu", keep_lr=False, pictures_device="cpu")
+    schedule = LayerMajor(2, tokens_on_host=True, keep_lr=False, pictures_device="cpu")
     result = sample(model, cond, edm_sigmas(3), noise=noise, schedule=schedule)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
