@@ -111,9 +111,6 @@ class Phase:
         """The steps of the phase in a run of `count`, cut off to whole steps as the authors do."""
         return range(int(self.start * count), int(self.end * count))
 
-    def covers(self, part: float) -> bool:
-        return self.start <= part < self.end
-
 
 NEVER = Phase(0.0, 0.0)
 
