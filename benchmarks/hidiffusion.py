@@ -1,8 +1,10 @@
 """Time UNet evaluations with and without HiDiffusion: python -m benchmarks.hidiffusion ...
 
 A UNet of SDXL's topology with random weights, its width reduced unless --full-width is given; by
-turns plain and in every phase of HiDiffusion, so that ratios are of one run. INFDIT_COMFYUI names
-the folder of a ComfyUI. Writes benchmarks/results/hidiffusion_<device>_<dtype>_<width>.json.
+turns plain and in every phase of HiDiffusion, so that ratios are of one run. Narrow layers make
+attention a larger part of the whole than it is in SDXL, so the operations that SDXL itself needs
+are counted besides. INFDIT_COMFYUI names the folder of a ComfyUI. Writes
+benchmarks/results/hidiffusion_<device>_<dtype>_<width>.json.
 With a GPU: --full-width --device cuda --dtype fp16 --sizes 1024 1536 2048 4096
 """
 
@@ -23,12 +25,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evaluation import DTYPES, RESULTS, environment, synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL, REDUCED = 320, 32
 """Channels of the first level: SDXL's, and those of the small stand-in."""
+META = torch.device("meta")
 MODES = {
     " + ".join(names) or "plain": mode
     for mode in itertools.product((False, True), repeat=3)
@@ -45,7 +49,9 @@ def load_pack(device: torch.device) -> tuple[ModuleType, ModuleType]:
         raise SystemExit("Expected the folder of a ComfyUI in INFDIT_COMFYUI; it is not set.")
     # In front, so that `import nodes` finds ComfyUI's nodes.py and not our folder of that name.
     sys.path.insert(0, folder)
-    importlib.import_module("comfy.cli_args").args.cpu = device.type == "cpu"
+    arguments = importlib.import_module("comfy.cli_args").args
+    arguments.cpu = device.type == "cpu"
+    arguments.use_pytorch_cross_attention = True  # as on a GPU, on a CPU too
     importlib.import_module("nodes")
     spec = importlib.util.spec_from_file_location(
         "comfyui_infdit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
@@ -86,10 +92,10 @@ def build_unet(width: int, dtype: torch.dtype, device: torch.device) -> tuple[An
         device=device,
         operations=disable_weight_init,
     )
-    generator = torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)
     for parameter in unet.requires_grad_(False).parameters():
         if parameter.ndim > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
         else:
             parameter.fill_(1.0)
     like = {"dtype": dtype, "device": device}
@@ -99,7 +105,7 @@ def build_unet(width: int, dtype: torch.dtype, device: torch.device) -> tuple[An
     }
 
 
-def measure(evaluate: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict:
+def measure(evaluate: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict:
     """Seconds and peak memory of every mode; the modes take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in evaluate}
     peak = {}
@@ -126,14 +132,26 @@ def measure(evaluate: dict[str, Callable[[], None]], rounds: int, device: torch.
     }
 
 
-def of_a_run(rules: ModuleType, size: tuple[int, int], modes: dict, windows: bool) -> float:
-    """Time of a run of `STEPS` steps with the authors' phases, as a part of the plain model's."""
+def operations(evaluate: dict[str, Callable[[], Any]]) -> dict[str, int]:
+    """Floating-point operations of every mode."""
+    counted = {}
+    for name, run in evaluate.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counted[name] = counter.get_total_flops()
+    return counted
+
+
+def of_a_run(
+    rules: ModuleType, size: tuple[int, int], cost: dict[str, float], windows: bool
+) -> float:
+    """Cost of a run of `STEPS` steps with the authors' phases, as a part of the plain model's."""
     ratios = rules.official_ratios(rules.SDXL, size, False)
     phases = rules.phases(rules.SDXL, ratios, aggressive=not rules.SDXL.is_large(size))
     names = {mode: name for name, mode in MODES.items()}
     rad, pool = phases.rad.steps(STEPS), phases.pool.steps(STEPS)
-    parts = [modes[names[i in rad, i in pool, windows]]["of_plain"] for i in range(STEPS)]
-    return round(sum(parts) / STEPS, 4)
+    total = sum(cost[names[i in rad, i in pool, windows]] for i in range(STEPS))
+    return round(total / (STEPS * cost["plain"]), 4)
 
 
 def main() -> None:
@@ -148,23 +166,24 @@ def main() -> None:
     width = FULL if args.full_width else REDUCED
 
     hooks, rules = load_pack(device)
-    unet, cond = build_unet(width, dtype, device)
+    timed = (*build_unet(width, dtype, device), device)
+    counted = (*build_unet(FULL, dtype, META), META)
     patch = hooks.Patch(rules.SDXL, hooks.Mode.AUTO, True, None, 0, False, False)
     attention = importlib.import_module("comfy.ldm.modules.attention").optimized_attention
 
-    def evaluation(side: int, mode: tuple[bool, ...]) -> Callable[[], None]:
+    def evaluation(unet, cond, device, side: int, mode: tuple[bool, ...]) -> Callable[[], Any]:
         rad, pool, windows = mode
         size = side // 8, side // 8
         x = torch.randn(1, 4, *size, dtype=dtype, device=device)
         t = torch.full((1,), 500.0, device=device)
 
-        def run() -> None:
+        def run() -> torch.Tensor:
             sizes = rules.feature_sizes(rules.SDXL, size, rad, pool)
             plan = hooks.Plan(rules.SDXL, sizes, rad, pool)
             plan = patch.with_windows(plan, 0, device) if windows else plan
             options = hooks.install(plan, {}) if any(mode) else {}
             with torch.inference_mode():
-                assert unet(x, t, transformer_options=options, **cond).isfinite().all()
+                return unet(x, t, transformer_options=options, **cond)
 
         return run
 
@@ -177,14 +196,22 @@ def main() -> None:
         "sizes": {},
     }
     for side in args.sizes:
-        modes = {name: evaluation(side, mode) for name, mode in MODES.items()}
+        modes = {name: evaluation(*timed, side, mode) for name, mode in MODES.items()}
         measured = measure(modes, args.rounds, device)
+        modes = {name: evaluation(*counted, side, mode) for name, mode in MODES.items()}
+        flop = operations(modes)
+        costs = {"seconds": {k: row["of_plain"] for k, row in measured.items()}, "flop": flop}
         runs = {
-            name: of_a_run(rules, (side // 8, side // 8), measured, windows)
+            f"{name}, {unit}": of_a_run(rules, (side // 8, side // 8), cost, windows)
             for name, windows in (("RAU-Net", False), ("RAU-Net + windows", True))
+            for unit, cost in costs.items()
         }
-        result["sizes"][side] = {"evaluation": measured, f"run_of_{STEPS}_steps_of_plain": runs}
-        print(side, {name: row["of_plain"] for name, row in measured.items()}, runs)
+        result["sizes"][side] = {
+            "evaluation": measured,
+            "flop_at_full_width": flop,
+            f"run_of_{STEPS}_steps_of_plain": runs,
+        }
+        print(side, costs["seconds"], runs, flush=True)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"hidiffusion_{device.type}_{args.dtype}_{width}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
