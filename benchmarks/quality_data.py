@@ -1,0 +1,50 @@
+"""The photographs of the quality benchmark, what becomes of them, and the baseline."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from infdit_core.config import LR_SCALE
+from training.data import reduce_bicubic
+from training.degrade import reduce_realistic
+
+DEGRADATIONS = ("bicubic", "realesrgan")
+
+
+def read_photos(folder: Path) -> dict[str, np.ndarray]:
+    """(H, W, 3) uint8 of the held-out photographs by name, memory-mapped."""
+    found = {p.stem: np.load(p, mmap_mode="r") for p in sorted((folder / "test").glob("*.npy"))}
+    if not found:
+        raise SystemExit(f"quality: expected photographs in {folder / 'test'}, see training.photos")
+    return found
+
+
+def to_tensor(picture: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to (1, 3, H, W) in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255
+
+
+def centre(photo: np.ndarray, crop: int) -> Tensor:
+    """The middle of a photograph, at most crop × crop px, as (1, 3, H, W) in 0..1."""
+    size = [min(side, crop) // LR_SCALE * LR_SCALE for side in photo.shape[:2]]
+    top, left = ((whole - part) // 2 for whole, part in zip(photo.shape[:2], size, strict=True))
+    return to_tensor(photo[top : top + size[0], left : left + size[1]])
+
+
+def degrade(original: Tensor, degradation: str, name: str) -> Tensor:
+    """The (1, 3, H/4, W/4) input made of an original; the name seeds what is random."""
+    signed = original * 2 - 1
+    if degradation == "bicubic":
+        return (reduce_bicubic(signed) + 1) / 2
+    return (reduce_realistic(signed, np.random.default_rng(zlib.crc32(name.encode()))) + 1) / 2
+
+
+def bicubic(lr: Tensor) -> Tensor:
+    """Enlarge by 4 with bicubic interpolation."""
+    return F.interpolate(lr, scale_factor=LR_SCALE, mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,0 +1,63 @@
+"""The grid of crops of docs/quality.png."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from infdit_core.config import LR_SCALE
+
+from .quality_data import bicubic, degrade, to_tensor
+
+CENTRES_PX = {
+    "mate-backgrounds-LadyBird": (400, 896),
+    "lomiri-wallpapers-16.04-friends_by_Aitzol_Berasategi": (480, 440),
+    "lomiri-wallpapers-20.04-Kleiber_by_Lukas_Baubkus": (884, 1276),
+    "plasma-workspace-wallpapers-EveningGlow": (464, 468),
+    "mate-backgrounds-YellowFlower": (612, 1048),
+    "mate-backgrounds-Dune": (192, 428),
+}
+"""(y, x) of the crops by photograph: fur, feathers, thin lines, texture, soft background."""
+SHOWN_PX = 192
+MARGIN_PX = 32
+"""Around what is shown, upscaled with it as in a whole picture."""
+LABELS = ("input", "bicubic", "Inf-DiT, bundled model", "original")
+LABEL_PX = 22
+GAP_PX = 4
+
+
+def draw(photos: Mapping[str, np.ndarray], upscale: Callable[[Tensor], Tensor], path: Path) -> None:
+    """Write the grid: input by nearest neighbour, bicubic, model and original of every crop.
+
+    Args:
+        photos: (H, W, 3) uint8 by name, those of CENTRES_PX among them.
+        upscale: (1, 3, h, w) to (1, 3, 4 h, 4 w) in 0..1.
+    """
+    cell = SHOWN_PX + GAP_PX
+    size = len(LABELS) * cell - GAP_PX, LABEL_PX + len(CENTRES_PX) * cell - GAP_PX
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for column, label in enumerate(LABELS):
+        centre = column * cell + SHOWN_PX / 2
+        pen.text((centre, LABEL_PX / 2), label, "black", font, anchor="mm")
+    for row, (name, (y, x)) in enumerate(CENTRES_PX.items()):
+        reach = SHOWN_PX // 2 + MARGIN_PX
+        original = to_tensor(photos[name][y - reach : y + reach, x - reach : x + reach])
+        lr = degrade(original, "bicubic", name)
+        nearest = lr.repeat_interleave(LR_SCALE, 2).repeat_interleave(LR_SCALE, 3)
+        for column, picture in enumerate((nearest, bicubic(lr), upscale(lr), original)):
+            shown = picture[0, :, MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX]
+            sheet.paste(to_image(shown), (column * cell, LABEL_PX + row * cell))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) in 0..1 to 8 bits."""
+    levels = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.numpy())

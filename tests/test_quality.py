@@ -1,0 +1,143 @@
+"""The quality benchmark measures what it says, on pictures made for it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("piq")
+pytest.importorskip("kornia")
+
+from benchmarks import quality, quality_grid
+from benchmarks.quality_data import bicubic, degrade
+from benchmarks.quality_metrics import (
+    LOWER_IS_BETTER,
+    against_input,
+    against_original,
+    bars,
+    border_ratio,
+    passed,
+    seams,
+)
+
+BLOCK_PX, PATCH_PX = 32, 4
+
+
+@pytest.fixture(scope="module")
+def original() -> torch.Tensor:
+    """(1, 3, 192, 192): smoothed noise, which has detail of every size."""
+    noise = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    soft = torch.nn.functional.avg_pool2d(noise, 5, 1, 2, count_include_pad=False)
+    return 0.3 * noise + 0.7 * soft
+
+
+def with_steps(picture: torch.Tensor, period_px: int) -> torch.Tensor:
+    """A checkerboard of cells, a little lighter and darker."""
+    index = torch.arange(picture.shape[-1]) // period_px
+    sign = 1 - 2 * ((index[:, None] + index) % 2)
+    return (picture + 0.05 * sign).clamp(0, 1)
+
+
+def test_every_metric_prefers_the_original_to_bicubic(original):
+    enlarged = bicubic(degrade(original, "bicubic", "any"))
+    same, blurred = against_original(original, original), against_original(enlarged, original)
+    for name, value in same.items():
+        assert value < blurred[name] if name in LOWER_IS_BETTER else value > blurred[name], name
+
+
+def test_seams_are_found_where_they_are(original):
+    clean = seams(original, original, BLOCK_PX, PATCH_PX)
+    assert set(clean.values()) == {0.0}
+    blocks = seams(with_steps(original, BLOCK_PX), original, BLOCK_PX, PATCH_PX)
+    assert min(blocks["block_seam"], blocks["block_lines"]) > 0.5
+    patches = seams(with_steps(original, PATCH_PX), original, BLOCK_PX, PATCH_PX)
+    assert patches["patch_lines"] > 0.5
+    assert abs(patches["block_seam"]) < 0.15  # a patch grid is no seam between blocks
+
+
+def test_borders_of_noise_are_like_the_rest(original):
+    assert border_ratio(original, BLOCK_PX) == pytest.approx(1, abs=0.1)
+
+
+def test_input_is_matched_and_colour_measured(original):
+    lr = degrade(original, "bicubic", "any")
+    assert against_input(original, lr)["consistency_db"] > 50
+    shifted = original.clone()
+    shifted[:, 1] += 2 / 255
+    found = against_input(shifted, lr)
+    assert found["colour_shift"] == pytest.approx(2, abs=0.1)
+    # one channel of three off by 2 levels
+    assert found["consistency_db"] == pytest.approx(10 * np.log10(3 * (255 / 2) ** 2), abs=0.5)
+
+
+def test_real_degradation_follows_from_the_name(original):
+    first, again, other = (degrade(original, "realesrgan", name) for name in ("a", "a", "b"))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_bars_fail_one_by_one():
+    bicubic_means = {"gmsd": 0.1, "haarpsi": 0.8, "vifp": 0.4, "fsim": 0.8}
+    good = {"gmsd": 0.09, "haarpsi": 0.81, "vifp": 0.41, "fsim": 0.81}
+    good |= {"consistency_db": 40.0, "block_seam": -0.01, "colour_shift": 0.5}
+    assert passed(bars(good, bicubic_means, "bicubic"))
+    assert passed(bars(good | {"vifp": 0.3}, bicubic_means, "bicubic"))  # FSIM is enough
+    for change in (
+        {"gmsd": 0.11},
+        {"haarpsi": 0.7},
+        {"vifp": 0.3, "fsim": 0.7},
+        {"consistency_db": 31.0},
+        {"block_seam": -0.04},
+        {"colour_shift": 1.1},
+    ):
+        assert not passed(bars(good | change, bicubic_means, "bicubic")), change
+    assert passed(bars(good | {"consistency_db": 20.0}, bicubic_means, "realesrgan"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "test").mkdir()
+    generator = np.random.default_rng(0)
+    for name in ("one", "two"):
+        picture = generator.integers(0, 256, (182, 200, 3), dtype=np.uint8)
+        np.save(tmp_path / "test" / f"{name}.npy", picture)
+    return tmp_path
+
+
+def test_command_keeps_finished_pictures(photos, capsys):
+    out = photos / "out" / "quality.json"
+    command = ["--photos", str(photos), "--crop", "180", "--solver", "euler", "--steps", "1"]
+    command += ["--degradation", "bicubic", "--out", str(out)]
+    quality.main(command)
+    result = json.loads(out.read_text())
+    assert [row["photo"] for row in result["rows"]] == ["one", "two"]
+    assert {tuple(row["size"]) for row in result["rows"]} == {(180, 180)}
+    assert result["environment"]["commit"]
+    assert result["summary"]["bicubic"]["photos"] == 2
+    assert "limit" in capsys.readouterr().out
+
+    result["rows"][0]["seconds"] = -1.0  # a mark that a second run leaves
+    out.write_text(json.dumps(result | {"rows": result["rows"][:1]}))
+    quality.main(command)
+    assert [row["seconds"] == -1.0 for row in json.loads(out.read_text())["rows"]] == [True, False]
+
+    quality.main([*command, "--seed", "1"])  # other settings start afresh
+    assert all(row["seconds"] >= 0 for row in json.loads(out.read_text())["rows"])
+
+
+def test_no_photographs_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="expected photographs"):
+        quality.main(["--photos", str(tmp_path)])
+
+
+def test_grid_shows_every_crop(monkeypatch, tmp_path):
+    monkeypatch.setattr(quality_grid, "CENTRES_PX", {"a": (128, 128), "b": (130, 140)})
+    photos = {name: np.full((300, 300, 3), 90, dtype=np.uint8) for name in "ab"}
+    quality_grid.draw(photos, bicubic, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (780, 410)
+        assert grid.getpixel((500, 300)) == (90, 90, 90)
