@@ -12,7 +12,32 @@ from tools.comfy_server import ComfyError
 
 pytestmark = pytest.mark.comfy
 
+TITLE = "SDXL 2048 with HiDiffusion, then Inf-DiT to 8K"
+EXAMPLES = ROOT / "example_workflows"
 WORKFLOW = json.loads((ROOT / "tests" / "workflows" / "sdxl_hidiffusion_8k.json").read_text())
+
+
+def test_the_example_in_the_interfaces_format_is_the_same():
+    example = json.loads((EXAMPLES / f"{TITLE}.json").read_text())
+    sources = {link[0]: [str(link[1]), link[2]] for link in example["links"]}
+    found = {}
+    for node in example["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        values = [v for v in node["widgets_values"] if v != "fixed"]  # what seeds do next
+        found[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": {
+                item["name"]: values.pop(0) if "widget" in item else sources[item["link"]]
+                for item in node["inputs"]
+                if "widget" in item or item["link"] is not None
+            },
+        }
+        assert not values, node["type"]
+        own = node["type"].startswith(("InfDiT", "HiDiffusion"))
+        assert node["properties"]["cnr_id"] == ("comfyui-infdit" if own else "comfy-core")
+    assert found == WORKFLOW
+    assert (EXAMPLES / f"{TITLE}.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
 
 
 def test_a_server_misses_nothing_in_it_but_the_models(comfy_server):
