@@ -53,7 +53,7 @@ def main() -> None:
         "whole picture": lambda grid: Full(),
         "block by block, 4×4": lambda grid: BlockMajor(4),
         "layer by layer, one line": lambda grid: LayerMajor(grid.shorter),
-        "the same, tokens on the host": lambda grid: LayerMajor(grid.shorter, "cpu"),
+        "the same, tokens on the host": lambda grid: LayerMajor(grid.shorter, tokens_on_host=True),
     }
     for name, schedule in curves.items():
         grids = [grid_of(config, side, side) for side in SIDES]

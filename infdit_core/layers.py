@@ -18,13 +18,13 @@ EPS = 1e-6
 
 
 class Rotary(NamedTuple):
-    """Complex rotary factors of all patch rows and columns of a picture, (n, d/4) each."""
+    """Rotary factors of all patch rows and columns of a picture, (n, d/4, 2) each."""
 
     rows: Tensor
     columns: Tensor
 
     def of(self, chunk: Chunk, side: int) -> Rotary:
-        """Those of a chunk of blocks of `side` patches: (r, side, d/4), (c, side, d/4)."""
+        """Those of a chunk of blocks of `side` patches: (r, side, d/4, 2), (c, side, d/4, 2)."""
         rows, columns = chunk.scaled(side)
         return Rotary(
             self.rows[rows].unflatten(0, (chunk.rows, side)),
@@ -96,17 +96,25 @@ class BlockAttention(nn.Module):
         chunk: Chunk,
         attend: Attend,
     ) -> Tensor:
+        q, bordered = self.project(tokens, shift, scale, rotary)
+        frontier.exchange(bordered, chunk)
+        out = block_attention(q, bordered, cast_like(self.segment_embed, q), attend)
+        return self.dense(out.flatten(-2))
+
+    def project(
+        self, tokens: Tensor, shift: Tensor, scale: Tensor, rotary: Rotary
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (B, r, c, A, T, d), and keys and values (2, B, r + 1, c + 1, A, T, d).
+
+        The border of the keys and values is left for the frontier to fill.
+        """
         b, r, c, t, _ = tokens.shape
         qkv = self.qkv(modulate(normalize(tokens), shift, scale))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
         bordered[0, :, 1:, 1:] = self._place(k, rotary)
         bordered[1, :, 1:, 1:] = v.transpose(-3, -2)
-        q = self._place(q, rotary)
-        del qkv, k, v
-        frontier.exchange(bordered, chunk)
-        out = block_attention(q, bordered, cast_like(self.segment_embed, q), attend)
-        return self.dense(out.flatten(-2))
+        return self._place(q, rotary), bordered
 
     def _place(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Normalise and rotate queries or keys: (B, r, c, T, A, d) -> (B, r, c, A, T, d)."""
@@ -178,6 +186,11 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = BlockAttention(config, factory, ops)
         self.mlp = MLP(config, factory, ops)
+
+    def compile_parts(self, **options: Any) -> None:
+        """Fuse what lies around the attention: norm, modulation, rotary; the MLP."""
+        self.attention.project = torch.compile(self.attention.project, **options)
+        self.mlp.compile(**options)
 
 
 class FinalLayer(nn.Module):

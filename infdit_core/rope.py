@@ -1,4 +1,4 @@
-"""Two-dimensional rotary position embedding, as complex factors per row and per column."""
+"""Two-dimensional rotary position embedding: complex numbers per row and per column."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def rotary_factors(positions: Tensor, head_dim: int) -> Tensor:
-    """exp(i · position · frequency): complex64 (n, head_dim / 4) for positions (n,).
+    """exp(i · position · frequency) as (n, head_dim / 4, 2) float32 for positions (n,).
 
     The same frequencies serve rows and columns, each of which turns half of the head.
     """
     half = head_dim // 2
     exponents = torch.arange(0, half, 2, device=positions.device, dtype=torch.float32) / half
     angles = positions.float()[:, None] * 10000.0**-exponents
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -22,14 +22,26 @@ def rotate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         x: (B, r, c, b, b, A, d) queries or keys of r×c blocks of b×b patches.
-        rows: (r, b, d/4) complex factors of the patch rows of these blocks.
-        columns: (c, b, d/4) complex factors of their patch columns.
+        rows: (r, b, d/4, 2) factors of the patch rows of these blocks.
+        columns: (c, b, d/4, 2) factors of their patch columns.
 
     Returns:
         x turned, in the dtype of x; computed in float32, and in place where x is float32.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    half = pairs.shape[-1] // 2
-    pairs[..., :half] *= rows[:, None, :, None, None]
-    pairs[..., half:] *= columns[None, :, None, :, None]
+    rows, columns = rows[:, None, :, None, None], columns[None, :, None, :, None]
+    pairs = x.float().unflatten(-1, (-1, 2))
+    half = pairs.shape[-2] // 2
+    if torch.compiler.is_compiling():  # which fuses real numbers only
+        first, second = pairs.split(half, dim=-2)
+        turned = torch.cat([_turn(first, rows), _turn(second, columns)], dim=-2)
+        return turned.flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(pairs)
+    pairs[..., :half] *= torch.view_as_complex(rows)
+    pairs[..., half:] *= torch.view_as_complex(columns)
     return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+
+
+def _turn(pairs: Tensor, factors: Tensor) -> Tensor:
+    """The product of complex numbers (..., 2) in real arithmetic."""
+    (x, y), (cos, sin) = pairs.unbind(-1), factors.unbind(-1)
+    return torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
