@@ -28,6 +28,7 @@ from .layers import (
     normalize,
     time_features,
 )
+from .residual_cache import ResidualCache
 from .rope import rotary_factors
 from .schedule import Full, Schedule
 from .streaming import LayerStream
@@ -146,6 +147,7 @@ class InfDiT(nn.Module):
         lr_kv: Tensor | None = None,
         dtype: torch.dtype | None = None,
         progress: Progress | None = None,
+        cache: ResidualCache | None = None,
     ) -> Tensor:
         """The raw network F.
 
@@ -157,6 +159,7 @@ class InfDiT(nn.Module):
             lr_kv: `lr_keys_values(cond.lr)`, if kept; made for every chunk anew if None.
             dtype: of the computation; that of x if None.
             progress: called after every chunk of every layer.
+            cache: of the sampling run, to leave out layers where sigma has hardly changed.
 
         Returns:
             (B, 3, H, W) in the dtype of x.
@@ -164,7 +167,7 @@ class InfDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        evaluation = Evaluation(self, x, sigma, cond, lr_kv, dtype or x.dtype, progress)
+        evaluation = Evaluation(self, x, sigma, cond, lr_kv, dtype or x.dtype, progress, cache)
         evaluation.run(schedule or Full())
         return evaluation.result
 
@@ -177,6 +180,7 @@ class InfDiT(nn.Module):
         *,
         lr_kv: Tensor | None = None,
         progress: Progress | None = None,
+        cache: ResidualCache | None = None,
     ) -> Tensor:
         """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
 
@@ -193,6 +197,7 @@ class InfDiT(nn.Module):
             lr_kv=lr_kv,
             dtype=weight.dtype,
             progress=progress,
+            cache=cache,
         )
         return c_out * raw + c_skip * x
 
@@ -209,10 +214,16 @@ class Evaluation:
         lr_kv: Tensor | None,
         dtype: torch.dtype,
         progress: Progress | None = None,
+        cache: ResidualCache | None = None,
     ) -> None:
         _check(net.config, x, sigma, cond)
         self.grid = net.grid(x)
-        self.num_layers = net.config.num_layers
+        self.num_layers = layers = net.config.num_layers
+        self._cache = cache
+        if cache is not None:
+            tokens = x.shape[0], net.config.block_tokens, net.config.hidden_size
+            self.num_layers = cache.begin(float(sigma[0]), self.grid, tokens, layers)
+        self._reusing = self.num_layers < layers
         self.device = sigma.device  # pictures may wait elsewhere, and come chunk by chunk
         self.result = torch.empty_like(x)
         self._net, self._config = net, net.config
@@ -235,7 +246,7 @@ class Evaluation:
         # like streamed layers, these weights stay in main memory
         at_weights = embed if net._stream is None else embed.cpu()
         modulations = net.modulations(at_weights).to(self.device)
-        self._modulations = modulations.unflatten(-1, (self.num_layers, 4, -1)).unbind(1)
+        self._modulations = modulations.unflatten(-1, (layers, 4, -1)).unbind(1)
         self._final_modulation = net.final.modulation(embed).chunk(2, dim=-1)
         self._progress, self._done, self._total = progress, 0, 0
 
@@ -274,12 +285,18 @@ class Evaluation:
             mlp_in = normalize(tokens)
         tokens = tokens + layer.mlp(mlp_in, mlp_shift, mlp_scale)
 
+        if self._cache and not self._reusing and n + 1 == self.num_layers - self._cache.layers:
+            self._cache.enter(tokens, chunk)
         if self._progress is not None:
             self._done += 1
             self._progress(self._done, self._total)
         return tokens
 
     def write(self, tokens: Tensor, chunk: Chunk) -> None:
+        if self._cache and self._reusing:
+            tokens = self._cache.add(tokens, chunk)
+        elif self._cache:
+            self._cache.leave(tokens, chunk)
         rows, columns = chunk.scaled(self._config.block_px)
         self.result[..., rows, columns] = rearrange(
             self._net.final(tokens, *self._final_modulation),

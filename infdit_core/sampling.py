@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .condition import Condition
 from .model import InfDiT, Progress
+from .residual_cache import ResidualCache
 from .schedule import Full, Schedule
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -131,6 +132,7 @@ def sample(
     schedule: Schedule | None = None,
     callback: Callback | None = None,
     progress: Progress | None = None,
+    cache: ResidualCache | None = None,
 ) -> Tensor:
     """Draw a picture: start from the LR picture plus noise and follow the ODE to sigma 0.
 
@@ -143,6 +145,7 @@ def sample(
         schedule: the order of computation in the network.
         callback: called with a `Step` once in every step; may raise to cancel.
         progress: called after every chunk of every layer of an evaluation; may raise to cancel.
+        cache: a new one, to leave out layers where sigma has hardly changed; exact if None.
 
     Returns:
         (B, 3, H, W) float32, about [-1, 1], not clipped.
@@ -163,7 +166,9 @@ def sample(
     lr_kv = model.lr_keys_values(cond.lr.to(weight)) if schedule.keep_lr else None
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        return model.denoise(x, sigma, cond, schedule, lr_kv=lr_kv, progress=progress)
+        return model.denoise(
+            x, sigma, cond, schedule, lr_kv=lr_kv, progress=progress, cache=cache
+        )
 
     x = concat + levels[0] * noise.to(concat)
     return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))
