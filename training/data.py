@@ -64,7 +64,7 @@ def reduce_bicubic(picture: Tensor) -> Tensor:
     reduced = F.interpolate(
         picture, scale_factor=1 / LR_SCALE, mode="bicubic", antialias=True, align_corners=False
     )
-    return (reduced.clamp(-1, 1) * 127.5).round() / 127.5
+    return ((reduced.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def condition(lr: Tensor, origin: tuple[int, int] = (0, 0)) -> Condition:
