@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +31,10 @@ from infdit_core.sampling import SOLVERS, Preset
 from .evaluation import DTYPES, RESULTS, environment
 from .quality_data import DEGRADATIONS, bicubic, centre, degrade, read_photos
 from .quality_grid import draw, to_image
-from .quality_metrics import against_input, against_original, bars, mean, passed, seams
+from .quality_metrics import against_input, against_original, bars, borders, mean, passed
 
 CPU_MEMORY_BYTES = 4e9
+METHODS = ("ours", "bicubic", "original")
 Upscaler = Callable[[Tensor], Tensor]
 """From (1, 3, h, w) to (1, 3, 4 h, 4 w), in 0..1."""
 
@@ -63,22 +65,34 @@ def upscaler(model: InfDiT, preset: Preset, seed: int) -> Upscaler:
     return upscale
 
 
-def measure(name: str, original: Tensor, degradation: str, model: InfDiT, upscale: Upscaler,
-            pictures: Path | None) -> dict[str, Any]:  # fmt: skip
+def measure(
+    name: str,
+    original: Tensor,
+    degradation: str,
+    model: InfDiT,
+    upscale: Upscaler,
+    folder: Path | None,
+) -> dict[str, Any]:
     """One row of the result: the metrics of the model's picture and of bicubic enlargement."""
     lr = degrade(original, degradation, name)
     started = time.monotonic()
     ours = upscale(lr)
     row: dict[str, Any] = {"photo": name, "degradation": degradation}
     row |= {"size": list(original.shape[-2:]), "seconds": round(time.monotonic() - started, 2)}
-    block, patch = model.config.block_px, model.config.patch_size
-    for method, picture in (("ours", ours), ("bicubic", bicubic(lr))):
-        found = against_original(picture, original) | against_input(picture, lr)
-        found |= seams(picture, original, block, patch)
-        row[method] = {key: round(value, 5) for key, value in found.items()}
-    if pictures:
-        pictures.mkdir(parents=True, exist_ok=True)
-        to_image(ours[0]).save(pictures / f"{name}_{degradation}.png")
+    cells = model.config.block_px, model.config.patch_size
+    pictures = {"ours": ours, "bicubic": bicubic(lr), "original": original}
+    found = {method: borders(picture, *cells) for method, picture in pictures.items()}
+    for method in ("ours", "bicubic"):
+        found[method] |= against_original(pictures[method], original)
+        found[method] |= against_input(pictures[method], lr)
+        # bicubic interpolation knows no blocks, so what it has at their borders is the content's
+        by_content = found["bicubic"]["block_borders"]
+        found[method]["block_seam"] = found[method]["block_borders"] / by_content - 1
+    for method, values in found.items():
+        row[method] = {key: round(value, 5) for key, value in values.items()}
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_image(ours[0]).save(folder / f"{name}_{degradation}.png")
     return row
 
 
@@ -89,13 +103,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         chosen = [row for row in rows if row["degradation"] == degradation]
         if not chosen:
             continue
-        ours, other = (mean([row[method] for row in chosen]) for method in ("ours", "bicubic"))
-        judged = bars(ours, other, degradation)
+        means = {method: mean([row[method] for row in chosen]) for method in METHODS}
+        seams = [row["ours"]["block_seam"] for row in chosen]
+        judged = bars(means["ours"], means["bicubic"], degradation)
         found[degradation] = {
             "photos": len(chosen),
             "seconds": round(sum(row["seconds"] for row in chosen), 1),
-            "ours": {key: round(value, 5) for key, value in ours.items()},
-            "bicubic": {key: round(value, 5) for key, value in other.items()},
+            **{method: {k: round(v, 5) for k, v in means[method].items()} for method in METHODS},
+            "block_seam_error": round(float(np.std(seams) / len(seams) ** 0.5), 5),
             "bars": [asdict(bar) for bar in judged],
             "passed": passed(judged),
         }
@@ -106,8 +121,12 @@ def show(found: dict[str, Any]) -> None:
     """The table on the terminal."""
     for degradation, part in found.items():
         print(f"\n{degradation}, {part['photos']} photographs, {part['seconds']:.0f} s")
-        for key, value in part["ours"].items():
-            print(f"  {key:24}{value:>10.4f}   bicubic {part['bicubic'][key]:>10.4f}")
+        print(f"  {'':16}" + "".join(f"{method:>10}" for method in METHODS))
+        for key in part["ours"]:
+            values = (part[method].get(key) for method in METHODS)
+            print(
+                f"  {key:16}" + "".join(f"{'' if v is None else round(v, 4):>10}" for v in values)
+            )
         for bar in part["bars"]:
             mark = "pass" if bar["passed"] else "FAIL"
             print(f"  {mark}  {bar['name']}: {bar['value']:.4f}, limit {bar['limit']:.4f}")

@@ -27,7 +27,7 @@ def read_photos(folder: Path) -> dict[str, np.ndarray]:
 
 def to_tensor(picture: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 to (1, 3, H, W) in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
 def centre(photo: np.ndarray, crop: int) -> Tensor:

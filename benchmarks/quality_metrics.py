@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import piq
 import torch
@@ -18,7 +19,7 @@ REFERENCE_METRICS = {
     "vifp": piq.vif_p,
     "fsim": piq.fsim,
     "psnr": piq.psnr,
-    "ssim": piq.ssim,
+    "ssim": partial(piq.ssim, downsample=False),
 }
 """Against the original; the greater the better, but for GMSD."""
 LOWER_IS_BETTER = {"gmsd"}
@@ -46,14 +47,26 @@ def against_input(picture: Tensor, lr: Tensor) -> dict[str, float]:
     return {"consistency_db": -10 * math.log10(max(error, 1e-10)), "colour_shift": shift}
 
 
+def borders(picture: Tensor, block_px: int, patch_px: int) -> dict[str, float]:
+    """Gradient energy at borders over that elsewhere; a picture that knows no borders has 1.
+
+    Returns:
+        `block_borders`: of blocks over other patches; `block_lines` and `patch_borders`: of blocks
+        and of patches over all other lines.
+    """
+    return {
+        "block_borders": border_ratio(picture, block_px, patch_px),
+        "block_lines": border_ratio(picture, block_px),
+        "patch_borders": border_ratio(picture, patch_px),
+    }
+
+
 def border_ratio(picture: Tensor, period_px: int, step_px: int = 1) -> float:
-    """Gradient energy across the lines between cells of period_px over that at all other lines.
+    """Squared gradient across lines at multiples of period_px over that across all other lines.
 
     Args:
-        step_px: only lines at multiples of this count. Enlarging by 4 makes energies that depend on
-            the place within 4 px, also where nothing knows of cells, as bicubic interpolation.
-
-    A picture that does not know of the cells has about 1, one with seams more.
+        step_px: only lines at multiples of this count. Enlarging by 4 makes gradients depend on the
+            place within 4 px, even by bicubic interpolation.
     """
     at_border, elsewhere = [], []
     for dim in (-2, -1):
@@ -64,24 +77,6 @@ def border_ratio(picture: Tensor, period_px: int, step_px: int = 1) -> float:
         at_border.append(energy.index_select(dim, torch.where(border)[0]).flatten())
         elsewhere.append(energy.index_select(dim, torch.where(~border)[0]).flatten())
     return (torch.cat(at_border).mean() / torch.cat(elsewhere).mean()).item()
-
-
-def seams(picture: Tensor, original: Tensor, block_px: int, patch_px: int) -> dict[str, float]:
-    """Border ratios less those of the original, whose content has a ratio near 1 but not 1.
-
-    Returns:
-        `block_seam`: block borders against the other patch borders; `block_lines`: against all
-        other lines; `patch_lines`: patch borders against all other lines. 0 is best.
-    """
-    found = {}
-    for name, period, step in (
-        ("block_seam", block_px, patch_px),
-        ("block_lines", block_px, 1),
-        ("patch_lines", patch_px, 1),
-    ):
-        own, true = (border_ratio(p, period, step) for p in (picture, original))
-        found[name] = own / true - 1
-    return found
 
 
 def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -19,9 +19,8 @@ from benchmarks.quality_metrics import (
     against_input,
     against_original,
     bars,
-    border_ratio,
+    borders,
     passed,
-    seams,
 )
 
 BLOCK_PX, PATCH_PX = 32, 4
@@ -50,17 +49,13 @@ def test_every_metric_prefers_the_original_to_bicubic(original):
 
 
 def test_seams_are_found_where_they_are(original):
-    clean = seams(original, original, BLOCK_PX, PATCH_PX)
-    assert set(clean.values()) == {0.0}
-    blocks = seams(with_steps(original, BLOCK_PX), original, BLOCK_PX, PATCH_PX)
-    assert min(blocks["block_seam"], blocks["block_lines"]) > 0.5
-    patches = seams(with_steps(original, PATCH_PX), original, BLOCK_PX, PATCH_PX)
-    assert patches["patch_lines"] > 0.5
-    assert abs(patches["block_seam"]) < 0.15  # a patch grid is no seam between blocks
-
-
-def test_borders_of_noise_are_like_the_rest(original):
-    assert border_ratio(original, BLOCK_PX) == pytest.approx(1, abs=0.1)
+    clean = borders(original, BLOCK_PX, PATCH_PX)
+    assert list(clean.values()) == pytest.approx([1, 1, 1], abs=0.1)
+    blocks = borders(with_steps(original, BLOCK_PX), BLOCK_PX, PATCH_PX)
+    assert min(blocks["block_borders"], blocks["block_lines"]) > 1.5
+    patches = borders(with_steps(original, PATCH_PX), BLOCK_PX, PATCH_PX)
+    assert patches["patch_borders"] > 1.5
+    assert patches["block_borders"] == pytest.approx(1, abs=0.15)  # no seam between blocks
 
 
 def test_input_is_matched_and_colour_measured(original):
