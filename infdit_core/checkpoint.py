@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import InfDiTConfig
 from .model import InfDiT
-from .pickle_reader import TensorSlice, read_index
+from .pickle_reader import TensorSlice, read_index, require_name
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ EXPECTED = (
 CLIP_PREFIX = "image_encoder."
 _CLIP_MODEL = CLIP_PREFIX + "model."
 _MAX_LISTED = 20
+_MAX_HEADER_BYTES = 4 * 2**20  # of a .safetensors file: the released model's has 0.1 MB
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 
 SAFETENSORS_DTYPES = {
@@ -149,13 +150,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            # Opening a pipe waits for its other end.
+            raise ValueError(f"it is a pipe or a device; {EXPECTED}")
         with path.open("rb") as file:
             head = file.read(512)
         if head.startswith(b"PK\x03\x04"):
             return _open_torch(path)
         # A header of JSON follows the eight bytes of its length.
         if head[8:9] == b"{" or (path.suffix == ".safetensors" and head and not _is_text(head)):
-            return _open_safetensors(path)
+            return _open_safetensors(path, int.from_bytes(head[:8], "little"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; {EXPECTED}") from None
     except OSError as error:
@@ -326,7 +330,11 @@ def _mapped_tensor(mapped: mmap.mmap, at: TensorSlice) -> Tensor:
     return data.view(at.dtype).as_strided(at.shape, at.stride)
 
 
-def _open_safetensors(path: Path) -> Checkpoint:
+def _open_safetensors(path: Path, header_bytes: int) -> Checkpoint:
+    if _MAX_HEADER_BYTES < header_bytes < path.stat().st_size:
+        raise ValueError(
+            f"its safetensors header has {header_bytes} bytes; expected at most {_MAX_HEADER_BYTES}"
+        )
     try:
         file = safe_open(str(path), framework="pt")
     except SafetensorError as error:
@@ -338,6 +346,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     for key in file.keys():  # noqa: SIM118 - not a dict: iterating it is not supported
         view = file.get_slice(key)
         kind = view.get_dtype()
+        require_name(key)
         if kind not in SAFETENSORS_DTYPES:
             raise ValueError(f"tensor {key} has dtype {kind}, expected a floating-point one")
         shapes[key], dtypes[key] = tuple(view.get_shape()), SAFETENSORS_DTYPES[kind]

@@ -72,8 +72,9 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
                 pixels = _pixels(image)
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; expected a picture") from None
-    except pillow.DecompressionBombError as error:
-        raise ImageError(f"{path.name} is too large to read: {error}") from error
+    except (pillow.DecompressionBombError, MemoryError) as error:
+        reason = str(error) or "not enough memory"
+        raise ImageError(f"{path.name} is too large to read: {reason}") from error
     # Pillow's readers raise these for damaged files.
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError(f"{path.name} cannot be read as a picture: {error}") from error

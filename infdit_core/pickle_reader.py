@@ -8,10 +8,12 @@ record types below; everything else becomes `OPAQUE`. Nothing is imported, calle
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,9 +21,13 @@ from typing import IO
 import torch
 
 MAX_PICKLE_BYTES = 64 * 2**20
-MAX_PICKLE_OPCODES = 2_000_000  # an SDXL checkpoint has 0.1 million
+MAX_PICKLE_OPCODES = 500_000  # an SDXL checkpoint has 0.1 million; these take half a second
+MAX_DIRECTORY_BYTES = 4 * 2**20  # of the archive: the released model has 0.1 MB
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = 2**62  # shapes beyond overflow inside PyTorch
+MAX_SHARING = 8  # all tensors together against the file: more means one storage sold many times
+_MAX_BITS = 128
+MAX_NAME = 512  # characters of a tensor's name, which messages show
 
 OPAQUE = object()
 """Stands for every object that a pickle asks for and that is not part of a tensor."""
@@ -88,8 +94,10 @@ def read_index(path: Path) -> dict[str, TensorSlice]:
         ValueError: the archive is damaged or holds something else; the message says what.
     """
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            return _read_archive(archive, file)
+        with _DirectoryFile(path) as directory, zipfile.ZipFile(directory) as archive:
+            entries = {info.filename: info for info in archive.infolist()}
+        with path.open("rb") as file:
+            return _read_archive(entries, file)
     except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"the archive is truncated or damaged ({error}); "
@@ -188,7 +196,9 @@ def _interpret(data: bytes) -> object:
             case "BUILD":
                 stack.pop()  # attributes of an object: never set
             case _ if arg is not None and opcode.stack_after[0] is not pickletools.anyobject:
-                stack.append(arg)  # a number or a string
+                # A number or a string. Arithmetic with a number of megabytes would never end.
+                vast = isinstance(arg, int) and arg.bit_length() > _MAX_BITS
+                stack.append(OPAQUE if vast else arg)
             case _:  # NEWOBJ, INST, OBJ, EXT*, sets, buffers, ...
                 before = opcode.stack_before
                 if pickletools.markobject in before:
@@ -237,11 +247,34 @@ def _reduce(function: object, args: object) -> object:
     return OPAQUE
 
 
-def _read_archive(archive: zipfile.ZipFile, file: IO[bytes]) -> dict[str, TensorSlice]:
-    entries = {info.filename: info for info in archive.infolist()}
+class _DirectoryFile(io.FileIO):
+    """For `zipfile`, which takes the size of the directory from the file and allocates it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(
+                f"a directory of {size} bytes; expected at most {MAX_DIRECTORY_BYTES}"
+            )
+        return super().read(-1 if size is None else size)
+
+
+def require_name(key: str) -> None:
+    """Refuse a tensor's name that no message could show as it is.
+
+    Raises:
+        ValueError: longer than 512 characters, or with control characters.
+    """
+    if len(key) > MAX_NAME or not key.isprintable():
+        raise ValueError(
+            f"a tensor's name has {len(key)} characters and begins with {key[:40]!r};"
+            f" expected at most {MAX_NAME} printable ones"
+        )
+
+
+def _read_archive(entries: dict[str, zipfile.ZipInfo], file: IO[bytes]) -> dict[str, TensorSlice]:
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        some = ", ".join(list(entries)[:3])
+        some = ", ".join(f"{name[:60]!a}" for name in list(entries)[:3])
         raise ValueError(
             f"a zip archive of {len(entries)} entries ({some}, ...) with {len(pickles)} "
             "entries named data.pkl; expected exactly one, as torch.save writes"
@@ -250,16 +283,21 @@ def _read_archive(archive: zipfile.ZipFile, file: IO[bytes]) -> dict[str, Tensor
     if f"{folder}constants.pkl" in entries:
         raise ValueError("a TorchScript program; expected a state dict saved with torch.save")
     order = entries.get(f"{folder}byteorder")
-    if order is not None and _read_stored(archive, order, limit=16).strip() != b"little":
+    if order is not None and _read_stored(file, order, limit=16).strip() != b"little":
         raise ValueError("its tensors are big-endian; expected little-endian")
-    content = read_pickle(_read_stored(archive, entries[pickles[0]], MAX_PICKLE_BYTES))
+    content = read_pickle(_read_stored(file, entries[pickles[0]], MAX_PICKLE_BYTES))
 
     index: dict[str, TensorSlice] = {}
     for key, ref in _state_dict(content).items():
+        require_name(key)
         entry = entries.get(f"{folder}data/{ref.storage.key}")
         if entry is None:
             raise ValueError(f"the data of tensor {key} is missing from the archive")
         index[key] = _locate(key, ref, _stored_range(file, entry))
+    size = file.seek(0, io.SEEK_END)
+    total = sum(math.prod(at.shape) * at.dtype.itemsize for at in index.values())
+    if total > MAX_SHARING * size:
+        raise ValueError(f"its tensors claim {total} bytes in a file of {size}")
     return index
 
 
@@ -280,18 +318,22 @@ def _require_stored(entry: zipfile.ZipInfo) -> None:
     encrypted = entry.flag_bits & 1
     if entry.compress_type != zipfile.ZIP_STORED or encrypted or entry.is_dir():
         raise ValueError(
-            f"its entry {entry.filename} is compressed or encrypted; "
+            f"its entry {entry.filename[:60]!a} is compressed or encrypted; "
             "expected the uncompressed archive that torch.save writes"
         )
 
 
-def _read_stored(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes:
-    _require_stored(entry)
-    if entry.file_size > limit:
+def _read_stored(file: IO[bytes], entry: zipfile.ZipInfo, limit: int) -> bytes:
+    data = _stored_range(file, entry)
+    if len(data) > limit:
         raise ValueError(
-            f"its entry {entry.filename} has {entry.file_size} bytes; expected at most {limit}"
+            f"its entry {entry.filename[:60]!a} has {len(data)} bytes; expected at most {limit}"
         )
-    return archive.read(entry)
+    file.seek(data.start)
+    content = file.read(len(data))
+    if zlib.crc32(content) != entry.CRC:
+        raise ValueError(f"its entry {entry.filename[:60]!a} is damaged: the checksum differs")
+    return content
 
 
 def _stored_range(file: IO[bytes], entry: zipfile.ZipInfo) -> range:
@@ -301,7 +343,9 @@ def _stored_range(file: IO[bytes], entry: zipfile.ZipInfo) -> range:
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     start = file.tell() + name_length + extra_length
     if signature != b"PK\x03\x04" or start + entry.file_size > file.seek(0, 2):
-        raise ValueError(f"its entry {entry.filename} lies outside the file: truncated or damaged")
+        raise ValueError(
+            f"its entry {entry.filename[:60]!a} lies outside the file: truncated or damaged"
+        )
     return range(start, start + entry.file_size)
 
 
@@ -322,8 +366,8 @@ def _fits(ref: TensorRef, available: int) -> bool:
     return (
         len(ref.shape) == len(ref.stride) <= MAX_DIMENSIONS
         and min((ref.offset, *ref.shape, *ref.stride)) >= 0
+        and max((0, *ref.shape, *ref.stride)) < MAX_ELEMENTS
         and math.prod(max(n, 1) for n in ref.shape) < MAX_ELEMENTS
-        and max((0, *ref.stride)) < MAX_ELEMENTS
         and math.prod(ref.shape) <= available  # no expanded tensor: tiny here, huge once copied
         and ref.offset + _extent(ref) <= available
     )

@@ -1,0 +1,215 @@
+"""Feeds broken and hostile files to the readers of checkpoints and pictures.
+
+    python -m tests.reliability.fuzz --count 100000
+
+An input must be read or refused with the reader's own error in one line or a few, within a second
+and a bounded amount of memory, while nothing is imported, run, started or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from random import Random
+
+from infdit_core.checkpoint import (
+    CheckpointError,
+    check,
+    load_model,
+    network_state_dict,
+    open_checkpoint,
+    read_config,
+)
+from infdit_core.image_io import ImageError, read_image
+from tests.reliability import hostile
+
+SECONDS = 1.0
+EXTRA_BYTES = 256 * 2**20
+"""Memory that reading one small file may take beside what the process has."""
+LONGEST_MESSAGE = 4000
+
+_FORBIDDEN = (
+    "exec",
+    "compile",
+    "import",
+    "pickle.find_class",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.spawn",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "os.truncate",
+    "os.putenv",
+    "shutil.",
+    "socket.",
+    "ctypes.",
+    "urllib.",
+    "builtins.input",
+)
+_events: list[str] | None = None
+"""What happened that should not have, while `watched`."""
+_hooked = False
+
+
+class Finding(AssertionError):
+    """A reader did what it must not."""
+
+
+def _audit(event: str, args: tuple) -> None:
+    if _events is None:
+        return
+    # The mode is None where a descriptor's flags say it instead.
+    writes = event == "open" and (set(str(args[1] or "r")) & set("wax+") or int(args[2]) & 3)
+    if writes or event.startswith(_FORBIDDEN):
+        _events.append(f"{event} {args!r:.200}")
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """Record what Python runs, imports, starts and writes (PEP 578) while the block runs."""
+    global _events, _hooked
+    if not _hooked:
+        sys.addaudithook(_audit)  # for good: there is no removing it
+        _hooked = True
+    _events = events = []
+    try:
+        yield events
+    finally:
+        _events = None
+
+
+def load(path: Path) -> None:
+    """All that a loader does with a checkpoint."""
+    with open_checkpoint(path) as checkpoint:
+        config = read_config(checkpoint)
+        check(checkpoint, config)
+        for tensor in network_state_dict(checkpoint, config).values():
+            tensor.sum()
+    load_model(path)
+
+
+def attempt(read: Callable[[Path], object], path: Path, error: type[Exception]) -> str | None:
+    """Read a file under all that must hold.
+
+    Returns:
+        the message it was refused with, None if it was read.
+
+    Raises:
+        Finding: another exception, a long message, too much time, or a forbidden act.
+    """
+    refused = None
+    start = time.thread_time()
+    with watched() as events:
+        try:
+            read(path)
+        except error as caught:
+            refused = str(caught)
+        except BaseException as caught:
+            if isinstance(caught, KeyboardInterrupt):
+                raise
+            raise Finding(f"{type(caught).__name__}: {caught}") from caught
+    seconds = time.thread_time() - start
+    if events:
+        raise Finding(f"forbidden: {events}")
+    if seconds > SECONDS:
+        raise Finding(f"took {seconds:.1f} s")
+    if refused is not None and not 10 < len(refused) <= LONGEST_MESSAGE:
+        raise Finding(f"a message of {len(refused)} characters: {refused[:200]}")
+    return refused
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Make larger allocations fail with MemoryError, which no reader may let out."""
+    import resource  # Unix only
+
+    status = Path("/proc/self/status").read_text()
+    own = int(next(x for x in status.splitlines() if "VmData" in x).split()[1]) * 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (own + EXTRA_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+TARGETS = {
+    "checkpoint": (hostile.checkpoint, load, CheckpointError),
+    "picture": (hostile.picture, read_image, ImageError),
+}
+
+
+def warm_up(folder: Path) -> None:
+    """Whole files first: what they import and allocate once is no finding."""
+    for codec in ("cp437", "raw_unicode_escape", "unicode_escape", "latin-1", "ascii", "utf-8"):
+        codecs.lookup(codec)
+    for name, whole in (
+        ("a.pt", hostile.whole_pt()),
+        ("a.safetensors", hostile.whole_safetensors()),
+    ):
+        (folder / name).write_bytes(whole)
+        load(folder / name)
+    for i in range(100):
+        (folder / "a.png").write_bytes(hostile.picture(Random(-1 - i))[1])
+        with suppress(ImageError):
+            read_image(folder / "a.png")
+
+
+def _peak_kib() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, default="checkpoint")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--start", type=int, default=0, help="seed of the first input")
+    options = parser.parse_args()
+    make, read, error = TARGETS[options.target]
+    outcomes: Counter[tuple[str, str]] = Counter()
+    findings, slowest, began = 0, 0.0, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up(Path(folder))
+        path = Path(folder) / "input"
+        peak = _peak_kib()
+        with bounded_memory():
+            for seed in range(options.start, options.start + options.count):
+                kind, data = make(Random(seed))
+                path.write_bytes(data)
+                start = time.thread_time()
+                try:
+                    outcome = "read" if attempt(read, path, error) is None else "refused"
+                except Finding as finding:
+                    outcome, findings = "FOUND", findings + 1
+                    print(f"seed {seed}, {kind}: {finding}"[:600], flush=True)
+                slowest = max(slowest, time.thread_time() - start)
+                outcomes[kind, outcome] += 1
+        grown = _peak_kib() - peak
+    for (kind, outcome), count in sorted(outcomes.items()):
+        print(f"{kind:28}{outcome:10}{count:8}")
+    print(
+        f"{options.count} inputs, {findings} findings, {time.monotonic() - began:.0f} s, slowest"
+        f" {slowest:.3f} s, peak memory grew by {grown / 1024:.0f} MiB"
+    )
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
