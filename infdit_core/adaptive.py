@@ -56,6 +56,10 @@ class Adaptive:
         return self.plan.schedule.keep_lr
 
     @property
+    def tokens_on_host(self) -> bool:
+        return self.plan.schedule.tokens_on_host
+
+    @property
     def pictures_device(self) -> str | torch.device | None:
         return self.plan.schedule.pictures_device
 

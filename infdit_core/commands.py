@@ -24,11 +24,13 @@ from .checkpoint import (
 from .condition import Condition
 from .convert import convert
 from .edm import edm_sigmas
+from .fp8 import use_fp8
 from .guidance import ClipGuide, read_clip
 from .image_io import READABLE, ImageError, check_writable, read_image, write_image
 from .model import InfDiT
 from .planner import describe, evaluation_flop, gigabytes, plans
 from .prepare import PreparationError, pass_sizes, prepare, target_size
+from .residual_cache import ResidualCache
 from .sampling import PRESETS, Preset, Step, sample
 from .schedule import BlockMajor, Full, LayerMajor, Schedule
 
@@ -61,6 +63,15 @@ def upscale(args: argparse.Namespace) -> int:
             ) from error
         check_writable(target, alpha=False, bit_depth=args.bit_depth)
     model = _load(args.model, device, dtype)
+    if args.reuse_layers and args.reuse_layers >= model.config.num_layers:
+        raise CommandError(
+            f"--reuse-layers: expected less than the {model.config.num_layers} layers of"
+            f" {args.model.name}, got {args.reuse_layers}"
+        )
+    if args.fp8:
+        use_fp8(model)
+    if args.compile:
+        model.compile_layers()
     failures = 0
     for source, target in jobs:
         try:
@@ -134,6 +145,7 @@ def _one_pass(
         schedule=_schedule(args, model, canvas.concat),
         callback=progress.step,
         progress=progress.cells,
+        cache=ResidualCache(args.reuse_layers) if args.reuse_layers else None,
     )
     if not result.isfinite().all():
         raise CommandError(
@@ -310,6 +322,7 @@ def _schedule(args: argparse.Namespace, model: InfDiT, concat: Tensor) -> Schedu
         width,
         weight.dtype,
         device=weight.device.type,
+        residual=bool(args.reuse_layers),
     )
     return Adaptive(found, memory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -189,7 +190,8 @@ class Layer(nn.Module):
 
     def compile_parts(self, **options: Any) -> None:
         """Fuse what lies around the attention: norm, modulation, rotary; the MLP."""
-        self.attention.project = torch.compile(self.attention.project, **options)
+        compiled = torch.compile(BlockAttention.project, **options)
+        self.attention.project = MethodType(compiled, self.attention)  # so that copies have theirs
         self.mlp.compile(**options)
 
 

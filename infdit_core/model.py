@@ -253,6 +253,8 @@ class Evaluation:
     def run(self, schedule: Schedule) -> None:
         """Fill `result` in the order of a schedule. Calling again begins again."""
         self._done, self._total = 0, schedule.cells(self.grid, self.num_layers)
+        if self._cache is not None:
+            self._cache.on_host = schedule.tokens_on_host
         schedule.run(self)
 
     def stream_weights(self) -> None:

@@ -105,6 +105,7 @@ def plans(
     batch: int = 1,
     weights: bool = True,
     pictures: bool = True,
+    residual: bool = False,
 ) -> list[Plan]:
     """All schedules worth considering, the fastest first; arguments as for `peak_bytes`."""
     grid = grid_of(config, height, width)
@@ -113,7 +114,15 @@ def plans(
         chunk = _largest_chunk(schedule, grid)
         cost = _cost(chunk.rows * chunk.columns * config.block_tokens * batch, device)
         peak = peak_bytes(
-            config, height, width, schedule, dtype, batch=batch, weights=weights, pictures=pictures
+            config,
+            height,
+            width,
+            schedule,
+            dtype,
+            batch=batch,
+            weights=weights,
+            pictures=pictures,
+            residual=residual,
         )
         host_bytes = 0
         if isinstance(schedule, LayerMajor):
@@ -121,7 +130,7 @@ def plans(
                 cost += _LR_ANEW_COST
             if schedule.tokens_on_host:
                 cost += _HOST_TOKENS_COST
-                host_bytes += _blocks(grid) * _block_bytes(config, dtype, batch)
+                host_bytes += (1 + residual) * _blocks(grid) * _block_bytes(config, dtype, batch)
             if schedule.pictures_device is not None:
                 cost += _HOST_PICTURES_COST
                 host_bytes += _picture_bytes(config, grid, batch)
@@ -142,17 +151,21 @@ def peak_bytes(
     batch: int = 1,
     weights: bool = True,
     pictures: bool = True,
+    residual: bool = False,
 ) -> int:
     """Bytes alive on the device at the peak of sampling a picture of height×width pixels.
 
     Args:
         weights, pictures: whether the network's weights and the solver's pictures count.
+        residual: whether a `ResidualCache` is used.
     """
     grid = grid_of(config, height, width)
     total = evaluation_bytes(config, grid, schedule, dtype, batch)
     total += _lr_bytes(config, grid, dtype, batch, kept=schedule.keep_lr)
     if pictures and schedule.pictures_device is None:
         total += _picture_bytes(config, grid, batch)
+    if residual and not schedule.tokens_on_host:
+        total += _blocks(grid) * _block_bytes(config, dtype, batch)
     if weights:
         streamed = isinstance(schedule, LayerMajor) and schedule.stream_weights
         total += (streamed_weight_bytes if streamed else weight_bytes)(config, dtype)

@@ -25,9 +25,9 @@ class ResidualCache:
     """How many of the last layers are left out."""
     tolerance: float = 0.0
     """How far ln(sigma) may be from that of the evaluation that is reused."""
-    on_host: bool = False
-    """Keep it in the host's memory."""
 
+    on_host: bool = field(default=False, init=False)
+    """It lies in the host's memory, as the schedule of an evaluation says that tokens do."""
     reused: int = field(default=0, init=False)
     """Evaluations that reused it so far."""
     _residual: Tensor | None = field(default=None, init=False, repr=False)
@@ -71,8 +71,10 @@ class ResidualCache:
 
     def enter(self, tokens: Tensor, chunk: Chunk) -> None:
         """Take the tokens of a chunk before the layers that will be left out."""
-        if self._residual is None or self._residual.shape != self._shape:
-            device = "cpu" if self.on_host else tokens.device
+        device = torch.device("cpu") if self.on_host else tokens.device
+        kept = self._residual
+        if kept is None or kept.shape != self._shape or kept.device != device:
+            self._residual = kept = None  # lets it go before the next one comes
             self._residual = torch.empty(self._shape, dtype=tokens.dtype, device=device)
         self._at(chunk).copy_(tokens)
 

@@ -66,6 +66,11 @@ class Schedule(Protocol):
         ...
 
     @property
+    def tokens_on_host(self) -> bool:
+        """Whether tokens wait in the host's memory between layers."""
+        ...
+
+    @property
     def pictures_device(self) -> str | torch.device | None:
         """Where the solver's pictures live; None for the device of the model."""
         ...
@@ -75,6 +80,7 @@ class _OnDevice:
     """Everything lives on the device of the model."""
 
     keep_lr = True
+    tokens_on_host = False
     pictures_device = None
 
 

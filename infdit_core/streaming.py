@@ -6,8 +6,10 @@ weight is copied once per evaluation, which is little beside the work of a large
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -43,9 +45,9 @@ class LayerStream:
         for name, module in net.named_children():
             module.to("cpu" if name in STREAMED else self._device)
         if self._device.type == "cuda":
-            for parameter in net.layers.parameters():
+            for parameter in chain(net.layers.parameters(), net.layers.buffers()):
                 parameter.data = parameter.data.pin_memory()
-        self._copy = Layer(net.config, {"device": "meta"}, torch.nn)
+        self._copy = copy.deepcopy(cast("Layer", net.layers[0])).to("meta")
         self._index: int | None = None
         self.copied = 0
         """Layers copied so far."""

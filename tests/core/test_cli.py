@@ -92,6 +92,31 @@ def test_schedules_give_the_same_picture(models, picture, tmp_path, options):
     assert full.std() > 0.01
 
 
+@pytest.mark.parametrize("options", [["--fp8"], ["--reuse-layers", 1]])
+def test_choices_that_are_not_exact_change_the_picture_a_little(models, picture, tmp_path, options):
+    arguments = (
+        picture,
+        "--model",
+        models["none"],
+        "--bit-depth",
+        16,
+        "--steps",
+        3,
+        "--solver",
+        "heun",
+    )
+    assert upscale(*arguments, "-o", tmp_path / "exact.png") == 0
+    assert upscale(*arguments, "-o", tmp_path / "other.png", *options) == 0
+    exact, other = (read_image(tmp_path / name)[0] for name in ("exact.png", "other.png"))
+    assert 0 < (exact - other).square().mean().sqrt() < 0.05
+
+
+def test_layers_to_leave_out_must_be_fewer_than_the_model_has(models, picture, tmp_path, capsys):
+    arguments = (picture, "-o", tmp_path / "a.png", "--model", models["none"])
+    assert upscale(*arguments, "--reuse-layers", 99) == 1
+    assert "--reuse-layers: expected less than the" in capsys.readouterr().err
+
+
 def test_the_seed_chooses_the_picture(models, picture, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / f"{name}.png"

@@ -69,3 +69,12 @@ def test_rotation_in_real_numbers_is_that_in_complex_ones(monkeypatch):
     expected = rotate(x.clone(), rows, columns)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(rotate(x, rows, columns), expected, atol=1e-6, rtol=0)
+
+
+def test_compiled_layers_can_be_streamed():
+    eager, compiled = golden_model("xs"), golden_model("xs")
+    compiled.compile_layers(backend="eager")
+    x, cond = random_condition(eager, 2, 2)
+    expected = eager.denoise(x, 1.0, cond, LayerMajor(2))
+    result = compiled.denoise(x, 1.0, cond, LayerMajor(2, stream_weights=True))
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)

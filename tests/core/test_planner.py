@@ -20,6 +20,7 @@ from infdit_core.planner import (
     plans,
     weight_bytes,
 )
+from infdit_core.residual_cache import ResidualCache
 from infdit_core.sampling import sample
 from infdit_core.schedule import BlockMajor, Full, LayerMajor
 from tests.goldens import golden_model, random_condition
@@ -65,14 +66,18 @@ def test_an_evaluation_takes_what_is_predicted(grid, schedule, dtype):
     assert predicted == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["exact", "residual"])
 @pytest.mark.parametrize("schedule", [Full(), LayerMajor(4), BlockMajor(2)], ids=str)
-def test_sampling_takes_what_is_predicted(schedule):
+def test_sampling_takes_what_is_predicted(schedule, residual):
     model = golden_model("xs")
     with LiveBytes() as live:
         noise, cond = random_condition(model, 6, 6)
-        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule)
+        cache = ResidualCache(1) if residual else None
+        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule, cache=cache)
     side = 6 * model.config.block_px
-    predicted = peak_bytes(model.config, side, side, schedule, torch.float32, weights=False)
+    predicted = peak_bytes(
+        model.config, side, side, schedule, torch.float32, weights=False, residual=residual
+    )
     assert predicted == pytest.approx(live.peak, rel=0.1)
 
 

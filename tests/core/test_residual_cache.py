@@ -41,8 +41,10 @@ def test_the_same_picture_again_costs_fewer_layers_and_is_the_same(model, schedu
 def test_another_schedule_or_device_of_the_cache_reuses_it_as_well(model):
     x, cond = random_condition(model, 3, 4)
     for on_host in (False, True):
-        cache = ResidualCache(1, on_host=on_host)
-        expected = model.denoise(x, 0.7, cond, LayerMajor(3), cache=cache)
+        cache = ResidualCache(1)
+        schedule = LayerMajor(3, tokens_on_host=on_host)
+        expected = model.denoise(x, 0.7, cond, schedule, cache=cache)
+        assert cache.on_host == on_host
         result = model.denoise(x, 0.7, cond, BlockMajor(1), cache=cache)
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
         assert cache.reused == 1
