@@ -1,13 +1,15 @@
 """Picture files in and out, for the command line.
 
-Pillow does the formats; PNG with 16 bits per channel goes through `png16`, because Pillow keeps
-eight of them where there is colour. TIFF with 16 bits per channel is read where it is grey.
+Pillow does the formats, but for PNG with 16 bits per channel (`png16`), of which it keeps eight
+where there is colour, and for writing TIFF (`tiff`). TIFF with 16 bits per channel is read in full
+where it is grey.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import png16
+from . import png16, tiff
+from .metadata import Metadata, png_texts, read_metadata, save_options
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".webp": ("WEBP", {"lossless": True, "exact": True}),
-    ".tif": ("TIFF", {"compression": "tiff_adobe_deflate"}),
-    ".tiff": ("TIFF", {"compression": "tiff_adobe_deflate"}),
+    ".tif": ("TIFF", {}),
+    ".tiff": ("TIFF", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
@@ -46,6 +49,7 @@ class ImageInfo:
     """Bits per channel that the pixels were read with: 8 or 16."""
     icc_profile: bytes | None = None
     """The colour profile, where it is one for RGB."""
+    metadata: Metadata = field(default_factory=Metadata)
 
 
 def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
@@ -68,6 +72,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
             image.load()
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             profile = image.info.get("icc_profile")
+            metadata = read_metadata(image)
             if pixels is None:
                 pixels = _pixels(image)
     except FileNotFoundError:
@@ -83,7 +88,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     if values.shape[-1] == 2:  # grey with alpha
         values = values[..., [0, 0, 0, 1]]
     of_rgb = profile is not None and profile[16:20] == b"RGB "
-    info = ImageInfo(8 * pixels.dtype.itemsize, profile if of_rgb else None)
+    info = ImageInfo(8 * pixels.dtype.itemsize, profile if of_rgb else None, metadata)
     return torch.from_numpy(np.ascontiguousarray(values))[None], info
 
 
@@ -99,8 +104,8 @@ def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
         raise ImageError(f"{path.name}: expected a name that ends in {', '.join(_FORMATS)}")
     if bit_depth not in (8, 16):
         raise ImageError(f"expected 8 or 16 bits per channel, got {bit_depth}")
-    if bit_depth == 16 and suffix != ".png":
-        raise ImageError(f"{path.name}: expected .png for 16 bits per channel")
+    if bit_depth == 16 and _FORMATS[suffix][0] not in ("PNG", "TIFF"):
+        raise ImageError(f"{path.name}: expected .png or .tif for 16 bits per channel")
     if alpha and _FORMATS[suffix][0] == "JPEG":
         raise ImageError(f"{path.name}: JPEG has no alpha; expected .png, .webp or .tif")
     if not path.parent.is_dir():
@@ -108,18 +113,25 @@ def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
 
 
 def write_image(
-    path: str | Path, image: Tensor, *, bit_depth: int = 8, info: ImageInfo | None = None
+    path: str | Path,
+    image: Tensor,
+    *,
+    bit_depth: int = 8,
+    info: ImageInfo | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write a picture; the file appears whole or not at all.
 
     Args:
-        path: ends in .png, .webp, .tif, .tiff, .jpg or .jpeg; an existing file is replaced.
+        path: ends in .png, .webp, .tif, .tiff, .jpg or .jpeg.
         image: (1, H, W, C) in 0..1, clipped and rounded; C = 3 or 4.
-        bit_depth: 8, or for PNG 16 bits per channel.
-        info: of the picture it was made from: its colour profile is written.
+        bit_depth: 8, or for PNG and TIFF 16 bits per channel.
+        info: of the picture it was made from: its colour profile and metadata are written.
+        overwrite: whether a file that exists is replaced.
 
     Raises:
-        ImageError: see `check_writable`; a side too long for the format; a full disk.
+        ImageError: see `check_writable`; a side too long for the format; the file exists; a full
+            disk.
     """
     path = Path(path)
     if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] not in (3, 4):
@@ -130,17 +142,28 @@ def write_image(
         raise ImageError(f"{path.name}: expected sides of at most {limit} px for {kind}; use .png")
     levels = 2**bit_depth - 1
     values = (image[0].cpu().float().clip(0, 1) * levels).round().numpy()
-    profile = info.icc_profile if info else None
+    kept = np.uint16 if bit_depth == 16 else np.uint8
+    info = info or ImageInfo()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        for leftover in path.parent.glob(f".{escape(path.name)}.*.part"):  # of a killed process
+            leftover.unlink()
         with temporary.open("wb") as file:
-            if bit_depth == 16:
-                png16.write(file, values.astype(np.uint16), profile)
+            if kind == "TIFF":
+                tiff.write(file, values.astype(kept), info.icc_profile, info.metadata)
+            elif bit_depth == 16:
+                texts = png_texts(info.metadata).chunks
+                png16.write(file, values.astype(kept), info.icc_profile, info.metadata.exif, texts)
             else:
-                picture = _pillow().fromarray(values.astype(np.uint8))
-                picture.save(file, format=kind, icc_profile=profile, **options)
+                options = options | save_options(kind, info.metadata)
+                picture = _pillow().fromarray(values.astype(kept))
+                picture.save(file, format=kind, icc_profile=info.icc_profile, **options)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not be on the disk before the pixels
+        if path.exists() and not overwrite:
+            raise FileExistsError("it has come into being meanwhile")
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ MAX_DIMENSIONS = 16
 MAX_ELEMENTS = 2**62  # shapes beyond overflow inside PyTorch
 MAX_SHARING = 8  # all tensors together against the file: more means one storage sold many times
 _MAX_BITS = 128
+_MAX_REASON = 200
 MAX_NAME = 512  # characters of a tensor's name, which messages show
 
 OPAQUE = object()
@@ -114,7 +115,8 @@ def read_pickle(data: bytes) -> object:
     try:
         return _interpret(data)
     except (ValueError, IndexError, KeyError, struct.error) as error:
-        raise ValueError(f"its pickle cannot be read: {error}") from error
+        reason = str(error)[:_MAX_REASON]  # pickletools cites the pickle itself
+        raise ValueError(f"its pickle cannot be read: {reason}") from error
 
 
 def _interpret(data: bytes) -> object:

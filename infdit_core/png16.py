@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import numpy as np
@@ -59,8 +60,19 @@ def read(file: BinaryIO) -> np.ndarray | None:
     return pixels.view(">u2").astype(np.uint16)
 
 
-def write(file: BinaryIO, pixels: np.ndarray, icc_profile: bytes | None = None) -> None:
-    """Encode (H, W, C) uint16 pixels, C = 1 to 4 as in `read`."""
+def write(
+    file: BinaryIO,
+    pixels: np.ndarray,
+    icc_profile: bytes | None = None,
+    exif: bytes | None = None,
+    texts: Iterable[tuple[bytes, bytes, bool]] = (),
+) -> None:
+    """Encode (H, W, C) uint16 pixels, C = 1 to 4 as in `read`.
+
+    Args:
+        exif: as in a JPEG file, with its prefix.
+        texts: kind and data of further chunks, as Pillow's `PngInfo.chunks` has them.
+    """
     height, width, channels = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPES[channels], 0, 0, 0)
     rows = np.ascontiguousarray(pixels, ">u2").view(np.uint8).reshape(height, -1)
@@ -70,6 +82,10 @@ def write(file: BinaryIO, pixels: np.ndarray, icc_profile: bytes | None = None) 
     file.write(_SIGNATURE + _chunk(b"IHDR", header))
     if icc_profile:
         file.write(_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc_profile)))
+    if exif:
+        file.write(_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
+    for kind, data, *_ in texts:
+        file.write(_chunk(kind, data))
     file.write(_chunk(b"IDAT", zlib.compress(lines.data)) + _chunk(b"IEND", b""))
 
 

@@ -195,7 +195,7 @@ def test_values_are_clipped_and_rounded(tmp_path):
         ("a.xyz", {}, r"a\.xyz: expected a name that ends in \.png, .*\.jpeg"),
         ("a", {}, "expected a name that ends in"),
         ("a.jpg", {"alpha": True}, "JPEG has no alpha; expected .png"),
-        ("a.webp", {"bit_depth": 16}, "expected .png for 16 bits"),
+        ("a.webp", {"bit_depth": 16}, "expected .png or .tif for 16 bits"),
         ("a.png", {"bit_depth": 12}, "8 or 16 bits per channel, got 12"),
         ("missing/a.png", {}, "is not a folder"),
     ],

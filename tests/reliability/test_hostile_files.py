@@ -276,3 +276,7 @@ def test_a_checkpoint_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "No")))
     with pytest.raises(CheckpointError, match=r"cannot be read \(No\)"):
         open_checkpoint(path)
+
+
+def test_a_message_does_not_cite_the_file(folder):
+    assert len(refused(folder / "input", hostile.with_pickle(b"S" + b"x" * 10**6 + b"\n."))) < 400
