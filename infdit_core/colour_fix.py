@@ -26,7 +26,7 @@ _STRIP_PX = 2**21
 _EPSILON = 1e-5
 """Added to both deviations, so that a flat picture keeps its contrast."""
 _MAX_GAIN = 2.0
-"""Contrast is not changed by more: a result that differs so much has another fault."""
+"""Contrast is not raised by more: a result that lacks so much has another fault."""
 
 
 def fix_colours(image: Tensor, source: Tensor, method: str) -> Tensor:
@@ -103,7 +103,7 @@ def _statistics(
     deviation, wanted_deviation = (
         x.std(dims, correction=0, keepdim=True) + _EPSILON for x in (seen, wanted)
     )
-    gain = (wanted_deviation / deviation).clamp(1 / _MAX_GAIN, _MAX_GAIN)
+    gain = (wanted_deviation / deviation).clamp(max=_MAX_GAIN)
     for rows in _strips(colours):
         yield rows, from_space((to_space(colours[:, rows]) - mean) * gain + wanted_mean)
 

@@ -54,6 +54,26 @@ def edm_sigmas(
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
+def partial_sigmas(steps: int, denoise: float) -> Tensor:
+    """The lower end of `edm_sigmas(steps)`, about as dense, to start from a picture's upscaling.
+
+    Args:
+        steps: of the whole schedule.
+        denoise: 0..1, the share of it that is left: 1 starts at `SIGMA_MAX`, 0.5 at 1.4, 0.25 at
+            0.11, and 0 gives the single level 0, for no step at all.
+
+    Raises:
+        ValueError: fewer than one step, or a share outside 0..1.
+    """
+    if not 0 <= denoise <= 1:
+        raise ValueError(f"expected denoise in 0..1, got {denoise}")
+    if denoise == 0:
+        return torch.zeros(1)
+    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    start = (low + denoise * (high - low)) ** RHO
+    return edm_sigmas(max(1, round(steps * denoise)), sigma_max=start if denoise < 1 else SIGMA_MAX)
+
+
 def loss_weight(sigma: Tensor) -> Tensor:
     """The EDM weight of `|D - x0|²`: equal loss at every noise level at initialisation."""
     return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2

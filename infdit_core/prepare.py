@@ -36,6 +36,8 @@ class Canvas:
     height: int
     width: int
     """The target size in pixels, without padding."""
+    source: Tensor
+    """(B, h, w, C) in 0..1: the picture itself, not a copy."""
     alpha: Tensor | None = None
     """(B, height, width, 1) float32 in 0..1, if the picture had alpha."""
 
@@ -70,7 +72,7 @@ def prepare(
     Raises:
         PreparationError: not a picture, not finite, or a size of nothing.
     """
-    _check(image)
+    check_image(image)
     source_size = image.shape[1], image.shape[2]
     if size is None:
         size = target_size(source_size, upscale_by)
@@ -95,7 +97,7 @@ def prepare(
     concat = _resize(source, scale, padded).clamp(-1, 1)
     lr_scale = tuple(s / LR_SCALE for s in scale)
     lr = _resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
-    return Canvas(concat, lr, *size, alpha)
+    return Canvas(concat, lr, *size, image, alpha)
 
 
 MAX_FACTOR = 4.0
@@ -125,7 +127,8 @@ def target_size(source: tuple[int, int], upscale_by: float) -> tuple[int, int]:
     return height, width
 
 
-def _check(image: Tensor) -> None:
+def check_image(image: Tensor) -> None:
+    """Raise PreparationError unless this is (B, H, W, 1, 3 or 4) of finite floats."""
     shape = tuple(image.shape)
     if image.ndim != 4 or shape[-1] not in (1, 3, 4) or min(shape) < 1:
         raise PreparationError(

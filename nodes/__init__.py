@@ -2,10 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .advanced import InfDiTConditioning, InfDiTDecode
 from .guidance import InfDiTGuidance
 from .hidiffusion import HiDiffusion
 from .loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
-from .sampler import InfDiTConditioning, InfDiTDecode, InfDiTSampler
+from .sampler import InfDiTSampler
 from .schedule import InfDiTSchedule
 
 

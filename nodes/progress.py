@@ -20,13 +20,17 @@ class SamplingProgress:
     """One progress bar over all evaluations of a node's run, and a line of text on the node.
 
     Args:
-        evaluations: of the network, over all steps, passes and pictures.
+        evaluations: of the network, over all steps, passes and pictures; too few where a
+            sampler takes more than is known, which is then learned from its steps.
+        steps: of the sampler, over all passes and pictures.
         node_id: of the node in the workflow; None outside a running one.
     """
 
-    def __init__(self, evaluations: int, node_id: str | None = None) -> None:
+    def __init__(self, evaluations: int, steps: int, node_id: str | None = None) -> None:
         self._evaluations = evaluations
         self._finished = 0
+        self._steps = steps
+        self._steps_done = 0
         self._bar = comfy.utils.ProgressBar(evaluations)
         self._node_id = node_id
         self._plan = ""
@@ -40,6 +44,7 @@ class SamplingProgress:
 
     def cells(self, done: int, total: int) -> None:
         """Called after every chunk of every layer of an evaluation."""
+        self._evaluations = max(self._evaluations, self._finished + 1)
         self._bar.update_absolute(self._finished * total + done, self._evaluations * total)
         share = (self._finished + done / total) / self._evaluations
         if done == total:
@@ -48,12 +53,16 @@ class SamplingProgress:
         if now - self._told >= _TEXT_SECONDS:
             left = round((now - self._started) * (1 - share) / share)
             self._tell(
-                f"{self._plan}\nevaluation {min(self._finished + 1, self._evaluations)} of"
-                f" {self._evaluations}, {left // 60}:{left % 60:02d} left"
+                f"{self._plan}\n{self._steps_done} of {self._steps} steps,"
+                f" {left // 60}:{left % 60:02d} left"
             )
 
     def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
         """The sampler's callback: shows the denoised picture."""
+        self._steps_done += 1
+        self._steps = max(self._steps, self._steps_done)
+        expected = round(self._finished / self._steps_done * self._steps)
+        self._evaluations = max(self._evaluations, expected)
         preview = ("JPEG", preview_image(denoised), _PREVIEW_MAX_PX)
         self._bar.update_absolute(self._bar.current, None, preview)
 

@@ -1,19 +1,33 @@
-"""Upscaling: one node for all of it, and its parts for those who sample themselves."""
+"""Upscaling: one node for all of it."""
 
 from __future__ import annotations
+
+import math
+from itertools import pairwise
 
 import comfy.sample
 import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..infdit_core import edm
+from ..infdit_core.colour_fix import fix_colours
 from ..infdit_core.condition import Condition
-from ..infdit_core.prepare import Canvas, pass_sizes, prepare, target_size
+from ..infdit_core.edm import SIGMA_MIN, partial_sigmas
+from ..infdit_core.prepare import pass_sizes
 from ..infdit_core.sampling import PRESETS, SOLVERS, Step
-from .comfy_model import CLIP_ATTACHMENT, PLAN, PROGRESS, InfDiTModel
+from .comfy_model import PLAN, PROGRESS
+from .pictures import (
+    check_inputs,
+    colour_fix_input,
+    conditioning_of,
+    longest_edge_input,
+    picture_output,
+    picture_outputs,
+    prepare_canvas,
+    target,
+)
 from .progress import SamplingProgress
-from .types import CATEGORY, CanvasType, Guidance, require_image
+from .types import CATEGORY, Guidance
 
 _MAX_SEED = 2**64 - 1
 
@@ -71,10 +85,33 @@ class InfDiTSampler(io.ComfyNode):
                     " takes 12 evaluations of the network instead of 39, draft 6: good for a"
                     " first look, with less fine detail.",
                 ),
+                longest_edge_input(),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much noise is put on the enlarged picture at the start. Less"
+                    " keeps closer to the picture that came in and takes fewer evaluations: 0.5"
+                    " half of them, 0 none, which leaves bicubic enlarging.",
+                ),
+                colour_fix_input(),
+                io.Sampler.Input(
+                    "sampler",
+                    optional=True,
+                    tooltip="A sampler of ComfyUI in place of the preset's, such as from"
+                    " KSamplerSelect.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Noise levels in place of those of preset, steps and denoise: falling,"
+                    " from 40 for a whole run, to 0.",
+                ),
             ],
-            outputs=[
-                io.Image.Output(tooltip="The upscaled pictures; alpha is kept where it came in."),
-            ],
+            outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
             search_aliases=["inf-dit", "infdit", "upscale", "super resolution", "4k", "8k"],
         )
@@ -89,18 +126,29 @@ class InfDiTSampler(io.ComfyNode):
         steps: int,
         preset: str = "exact",
         guidance: torch.Tensor | None = None,
+        longest_edge: int = 0,
+        denoise: float = 1.0,
+        colour_fix: str = "none",
+        sampler: comfy.samplers.Sampler | None = None,
+        sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         node = "Inf-DiT Upscale"
-        vectors = _check_inputs(node, model, image, guidance)
-        source = image.shape[1], image.shape[2]
-        sizes = pass_sizes(source, target_size(source, upscale_by))
+        if sigmas is not None:
+            _check_sigmas(node, sigmas)
+        vectors = check_inputs(node, model, image, guidance)
+        sizes = pass_sizes(
+            (image.shape[1], image.shape[2]), target(image, upscale_by, longest_edge)
+        )
         chosen = PRESETS[preset]
         if preset == "exact":
             chosen = chosen._replace(steps=steps)
-        sampler, sigmas = core_sampler(chosen.solver), edm.edm_sigmas(chosen.steps)
+        if sigmas is None:
+            sigmas = partial_sigmas(chosen.steps, denoise)
+        steps = len(sigmas) - 1
+        evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
+        runs = len(sizes) * image.shape[0]
         progress = SamplingProgress(
-            chosen.evaluations * len(sizes) * image.shape[0],
-            cls.hidden.unique_id if cls.hidden else None,
+            evaluations * runs, steps * runs, cls.hidden.unique_id if cls.hidden else None
         )
         model = model.clone()
         options = model.model_options.setdefault("transformer_options", {})
@@ -110,108 +158,25 @@ class InfDiTSampler(io.ComfyNode):
         for i, picture in enumerate(image.split(1)):
             vector = None if vectors is None else vectors[i : i + 1]
             for size in sizes:
-                canvas = _prepare(node, model, picture, size)
-                concat, conditioning = _conditioning(canvas.condition(vector))
-                samples = comfy.sample.sample_custom(
-                    model,
-                    comfy.sample.prepare_noise(concat, seed),
-                    1.0,
-                    sampler,
-                    sigmas,
-                    conditioning,
-                    conditioning,
-                    concat,
-                    callback=progress.step,
-                    disable_pbar=True,
-                    seed=seed,
-                )
+                canvas = prepare_canvas(node, model, picture, size)
+                samples = canvas.concat
+                if steps:
+                    samples = _sample(
+                        model,
+                        canvas.condition(vector),
+                        sampler or core_sampler(chosen.solver),
+                        sigmas,
+                        seed,
+                        progress.step,
+                    )
+                if not samples.isfinite().all():
+                    raise ValueError(
+                        f"{node}: expected finite pixels from the network; got NaN or infinity."
+                        " Load the model with weight_dtype bf16 or fp32, or take another sampler."
+                    )
                 picture = canvas.finish(samples)
-            results.append(picture)
-        return io.NodeOutput(torch.cat(results))
-
-
-class InfDiTConditioning(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="InfDiTConditioning",
-            display_name="Inf-DiT Conditioning",
-            category=CATEGORY,
-            description="Prepares pictures for upscaling with KSampler or SamplerCustomAdvanced:"
-            " sampler heun, scheduler karras, 20 steps, cfg 1 is what Inf-DiT Upscale does.",
-            inputs=[
-                io.Model.Input("model", tooltip="From Load Inf-DiT Checkpoint."),
-                io.Image.Input("image", tooltip="The pictures to upscale, of any size."),
-                Guidance.Input(
-                    "guidance",
-                    optional=True,
-                    tooltip="From Inf-DiT CLIP Guidance. Left out, the CLIP tower of the model"
-                    " file describes the picture, if the model was trained with one.",
-                ),
-                io.Float.Input(
-                    "upscale_by",
-                    default=4.0,
-                    min=1.0,
-                    max=8.0,
-                    step=0.05,
-                    tooltip="How many times wider and higher the result is. The model was trained"
-                    " for 4; chain two samplings for more.",
-                ),
-            ],
-            outputs=[
-                io.Conditioning.Output(
-                    tooltip="Connect to positive and to negative, and set cfg to 1.",
-                ),
-                io.Latent.Output(tooltip="Where sampling starts; connect to latent_image."),
-                CanvasType.Output(
-                    display_name="INFDIT_CANVAS",
-                    tooltip="Connect to Inf-DiT Decode, which needs the size and the alpha.",
-                ),
-            ],
-            search_aliases=["inf-dit", "infdit", "ksampler", "advanced"],
-        )
-
-    @classmethod
-    def execute(
-        cls, model, image: torch.Tensor, upscale_by: float, guidance: torch.Tensor | None = None
-    ) -> io.NodeOutput:
-        node = "Inf-DiT Conditioning"
-        vectors = _check_inputs(node, model, image, guidance)
-        canvas = _prepare(
-            node, model, image, target_size((image.shape[1], image.shape[2]), upscale_by)
-        )
-        concat, conditioning = _conditioning(canvas.condition(vectors))
-        return io.NodeOutput(conditioning, {"samples": concat}, canvas)
-
-
-class InfDiTDecode(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="InfDiTDecode",
-            display_name="Inf-DiT Decode",
-            category=CATEGORY,
-            description="Turns what a sampler made of Inf-DiT Conditioning into pictures.",
-            inputs=[
-                io.Latent.Input("samples", tooltip="The sampler's result."),
-                CanvasType.Input("canvas", tooltip="From the same Inf-DiT Conditioning node."),
-            ],
-            outputs=[
-                io.Image.Output(tooltip="The upscaled pictures; alpha is kept where it came in."),
-            ],
-            search_aliases=["inf-dit", "infdit", "vae decode"],
-        )
-
-    @classmethod
-    def execute(cls, samples: dict, canvas: Canvas) -> io.NodeOutput:
-        x = samples["samples"]
-        expected = tuple(canvas.concat.shape)
-        if x.shape[1:] != expected[1:]:
-            raise ValueError(
-                f"Inf-DiT Decode: expected a latent of shape {expected}, from the sampler that"
-                f" this canvas went to; got {tuple(x.shape)}"
-            )
-        return io.NodeOutput(canvas.finish(x))
+            results.append(fix_colours(picture, image[i : i + 1], colour_fix))
+        return picture_output(torch.cat(results))
 
 
 def core_sampler(solver: str) -> comfy.samplers.Sampler:
@@ -230,48 +195,37 @@ def core_sampler(solver: str) -> comfy.samplers.Sampler:
     return comfy.samplers.KSAMPLER(sample)
 
 
-def _check_inputs(
-    node: str, model, image: torch.Tensor, guidance: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Refuse what cannot work, and return the embeddings (B, vector_size) that the model needs."""
-    require_image(node, image)
-    if not isinstance(model.model, InfDiTModel):
+def _sample(
+    model, condition: Condition, sampler, sigmas: torch.Tensor, seed: int, callback
+) -> torch.Tensor:
+    concat, conditioning = conditioning_of(condition)
+    return comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(concat, seed),
+        1.0,
+        sampler,
+        sigmas,
+        conditioning,
+        conditioning,
+        concat,
+        callback=callback,
+        disable_pbar=True,
+        seed=seed,
+    )
+
+
+def _check_sigmas(node: str, sigmas: torch.Tensor) -> None:
+    """Refuse noise levels that make no picture."""
+    levels = sigmas.flatten().tolist()
+    falling = all(b < a for a, b in pairwise(levels))  # False with NaN
+    if sigmas.ndim != 1 or len(levels) < 2 or not (falling and math.isfinite(levels[0])):
+        found = ", ".join(f"{level:.4g}" for level in levels[:8]) or "none"
         raise ValueError(
-            f"{node}: expected a model from Load Inf-DiT Checkpoint;"
-            f" got {type(model.model).__name__}"
+            f"{node}: expected sigmas that fall, at least two;"
+            f" got {tuple(sigmas.shape)}: {found}{', ...' if len(levels) > 8 else ''}"
         )
-    size = model.model.infdit_config.vector_size
-    if size == 0:
-        return None
-    vectors = _own_guidance(node, model, image, size) if guidance is None else guidance
-    batch = image.shape[0]
-    if vectors.shape[-1] != size or vectors.shape[0] not in (1, batch):
+    if not 0 <= levels[-1] <= SIGMA_MIN:
         raise ValueError(
-            f"{node}: expected guidance of shape {(batch, size)}; got {tuple(vectors.shape)}"
+            f"{node}: expected sigmas that end in 0, so that no noise is left; got {levels[-1]:.4g}"
+            " at the end. Sampling in parts needs Inf-DiT Conditioning and Inf-DiT Decode."
         )
-    return vectors.expand(batch, size)
-
-
-def _own_guidance(node: str, model, image: torch.Tensor, size: int) -> torch.Tensor:
-    """Embeddings by the CLIP tower that came in the model's file."""
-    clip = model.get_attachment(CLIP_ATTACHMENT)
-    if clip is None:
-        raise ValueError(
-            f"{node}: this model needs a CLIP embedding of {size} values and its file has no"
-            " CLIP tower. Connect Load Inf-DiT CLIP -> Inf-DiT CLIP Guidance to guidance."
-        )
-    return clip.vector(image)
-
-
-def _prepare(node: str, model, image: torch.Tensor, size: tuple[int, int]) -> Canvas:
-    try:
-        return prepare(image, size=size, block_px=model.model.infdit_config.block_px)
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from error
-
-
-def _conditioning(cond: Condition) -> tuple[torch.Tensor, list]:
-    """The latent to start from and CONDITIONING for `InfDiTModel.extra_conds`."""
-    values = {"infdit_concat": cond.concat, "infdit_lr": cond.lr, "infdit_vector": cond.vector}
-    unused_text = torch.zeros(cond.concat.shape[0], 1, 1)
-    return cond.concat, [[unused_text, values]]

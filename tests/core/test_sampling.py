@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infdit_core.edm import edm_sigmas, loss_weight, preconditioning
+from infdit_core.edm import SIGMA_MIN, edm_sigmas, loss_weight, partial_sigmas, preconditioning
 from infdit_core.sampling import SOLVERS, sample
 from infdit_core.schedule import BlockMajor
 from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
@@ -30,6 +30,20 @@ def test_the_sampler_equals_the_release(name):
 def test_sigmas_equal_the_release(name):
     expected = golden(name)["sigmas"]
     torch.testing.assert_close(edm_sigmas(len(expected) - 1), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_partial_sigmas_are_the_lower_end_of_the_schedule():
+    assert torch.equal(partial_sigmas(20, 1.0), edm_sigmas(20))
+    half = partial_sigmas(20, 0.5)
+    assert len(half) == 11
+    assert half[0] == pytest.approx(edm_sigmas(21)[10].item())
+    assert half[-2:].tolist() == pytest.approx([SIGMA_MIN, 0])
+    assert partial_sigmas(20, 0.0).tolist() == [0]
+    assert len(partial_sigmas(6, 0.01)) == 2
+    starts = [float(partial_sigmas(20, share / 10)[0]) for share in range(11)]
+    assert starts == sorted(set(starts))
+    with pytest.raises(ValueError, match=r"expected denoise in 0\.\.1, got 1\.5"):
+        partial_sigmas(20, 1.5)
 
 
 def test_preconditioning_is_that_of_the_paper():

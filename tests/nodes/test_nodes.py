@@ -1,45 +1,15 @@
 """The nodes in a real ComfyUI, in this process."""
 
 import importlib
-import shutil
-from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.goldens import GOLDEN, TINY, random_tensors
+from tests.goldens import TINY
+from tests.nodes.conftest import STEPS
 
 pytestmark = pytest.mark.comfy
-
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def load(comfy):
-    """Load a model by the loader node: "tiny" without CLIP, "vector" and "clip" with its input."""
-    folder = comfy.models_dir / "infdit"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(random_tensors(TINY), folder / "tiny.safetensors")
-    with_vector = random_tensors(replace(TINY, vector_size=16))
-    save_file(with_vector, folder / "vector.safetensors")
-    tower = load_file(GOLDEN / "e_clip" / "tiny_clip.safetensors")
-    save_file(with_vector | tower, folder / "clip.safetensors")
-    shutil.copy(GOLDEN / "e_clip" / "tiny_clip.safetensors", folder / "tower.safetensors")
-
-    def loader(name, dtype="default"):
-        return comfy.nodes["InfDiTCheckpointLoader"].execute(f"{name}.safetensors", dtype).args
-
-    return loader
-
-
-@pytest.fixture(scope="module")
-def upscale(comfy):
-    def run(model, image, upscale_by=2.0, seed=0, steps=STEPS, **inputs):
-        node = comfy.nodes["InfDiTSampler"]
-        return node.execute(model, image, upscale_by, seed, steps, **inputs).args[0]
-
-    return run
 
 
 def ksampler(pack, model, image, steps, seed):
@@ -155,6 +125,42 @@ def test_the_schedule_node_does_not_change_the_picture(
     torch.testing.assert_close(upscale(scheduled, image, 4.0), expected, atol=1e-4, rtol=0)
 
 
+def test_reused_layers_change_the_picture_a_little_and_cost_less(comfy, load, upscale):
+    model, image = load("tiny")[0], torch.rand(1, 20, 12, 3)
+    node, layers = comfy.nodes["InfDiTSchedule"], []
+    attention = type(model.model.diffusion_model.net.layers[0].attention)
+    forward = attention.forward
+
+    def count(*args):
+        layers.append(1)
+        return forward(*args)
+
+    pictures, counts = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "forward", count)
+        for reuse in (0, 1):
+            layers.clear()
+            scheduled = node.execute(model, "auto", 1, False, 0.0, reuse).args[0]
+            pictures.append(upscale(scheduled, image, 4.0))
+            counts.append(len(layers))
+    a_layer = counts[0] // (2 * STEPS - 1) // TINY.num_layers
+    assert counts[1] == counts[0] - (STEPS - 1) * a_layer
+    assert 0 < (pictures[0] - pictures[1]).square().mean().sqrt() < 0.2
+    with pytest.raises(ValueError, match="Inf-DiT Schedule: expected reuse_layers below"):
+        node.execute(model, "auto", 1, False, 0.0, 99)
+
+
+def test_8_bit_layers_are_loaded_sampled_and_smaller(comfy, load, upscale):
+    image = torch.rand(1, 20, 12, 3)
+    exact, rounded = load("tiny")[0], load("tiny", "fp8 layers")[0]
+    h, mlp = TINY.hidden_size, TINY.mlp_size
+    weights, outputs = 4 * h * h + 2 * h * mlp, 5 * h + mlp
+    saved = TINY.num_layers * (3 * weights - 4 * outputs)  # three of four bytes, less the scales
+    assert rounded.model_size() == exact.model_size() - saved
+    difference = upscale(exact, image, 4.0) - upscale(rounded, image, 4.0)
+    assert 0 < difference.square().mean().sqrt() < 0.2
+
+
 def test_out_of_memory_takes_a_smaller_plan_and_goes_on(comfy, load, upscale, monkeypatch, caplog):
     model, image = load("tiny")[0], torch.rand(1, 20, 30, 3)
     expected = upscale(model, image, 4.0)
@@ -176,19 +182,6 @@ def test_memory_required_grows_with_the_picture_not_with_the_square(comfy, load)
     model = load("tiny")[0].model
     small, large = (model.memory_required([1, 3, side, side]) for side in (512, 2048))
     assert 4 < large / small < 20
-
-
-@pytest.fixture
-def bar(comfy, monkeypatch):
-    """Everything that the progress bar was told: (value, total, preview)."""
-    utils, told = importlib.import_module("comfy.utils"), []
-    monkeypatch.setattr(
-        utils, "PROGRESS_BAR_HOOK",
-        lambda value, total, preview, node_id=None: told.append((value, total, preview)),
-    )  # fmt: skip
-    monkeypatch.setattr(utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0)
-    monkeypatch.setattr(utils, "PROGRESS_THROTTLE_MIN_PERCENT", 0)
-    return told
 
 
 def test_progress_per_chunk_and_a_preview_per_step(load, upscale, bar):

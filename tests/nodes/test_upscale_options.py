@@ -1,0 +1,191 @@
+"""What Inf-DiT Upscale offers beside its preset: size, denoise, colours, samplers, masks."""
+
+import importlib
+
+import pytest
+import torch
+
+from tests.nodes.conftest import STEPS
+
+pytestmark = pytest.mark.comfy
+
+SAMPLERS = ["euler", "heun", "dpmpp_2m", "deis", "ipndm", "uni_pc", "dpmpp_2m_sde"]
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(1, 10, 12, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def evaluations(comfy, monkeypatch) -> list:
+    """Grows by one with every evaluation of the network."""
+    net = comfy.module("infdit_core.model").InfDiT
+    forward, seen = net.forward, []
+
+    def counted(self, *args, **kwargs):
+        seen.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(net, "forward", counted)
+    return seen
+
+
+def sampler_object(name: str):
+    return importlib.import_module("comfy.samplers").sampler_object(name)
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "expected"),
+    [
+        ((10, 13), 33, (25, 33)),
+        ((13, 10), 40, (40, 31)),
+        ((1, 1), 7, (7, 7)),
+        ((3, 2), 41, (41, 27)),
+    ],
+)
+def test_the_longest_edge_comes_out(load, upscale, comfy, size, edge, expected):
+    picture = torch.rand(1, *size, 3)
+    model = load("tiny")[0]
+    assert upscale(model, picture, longest_edge=edge, steps=1).shape == (1, *expected, 3)
+    canvas = comfy.nodes["InfDiTConditioning"].execute(model, picture, 4.0, longest_edge=edge)
+    assert (canvas.args[2].height, canvas.args[2].width) == expected
+
+
+def test_a_longest_edge_of_the_picture_times_four_is_the_factor_four(load, upscale, image):
+    model = load("tiny")[0]
+    assert torch.equal(upscale(model, image, 1.0, longest_edge=48), upscale(model, image, 4.0))
+
+
+def test_denoise_takes_fewer_evaluations_and_stays_closer(load, upscale, image, evaluations):
+    model, found = load("tiny")[0], {}
+    for denoise in (0.0, 0.25, 0.5, 1.0):
+        evaluations.clear()
+        found[denoise] = upscale(model, image, denoise=denoise, steps=8), len(evaluations)
+    assert [count for _, count in found.values()] == [0, 3, 7, 15]
+    enlarged = found[0.0][0]
+    away = [(picture - enlarged).abs().mean() for picture, _ in found.values()]
+    assert away == sorted(away)
+    assert torch.equal(found[1.0][0], upscale(model, image, steps=8))
+
+
+def test_without_evaluations_the_picture_is_enlarged_by_bicubic(load, upscale, comfy, image):
+    canvas = comfy.module("infdit_core.prepare").prepare(image, 2.0, block_px=32)
+    enlarged = canvas.finish(canvas.concat)
+    assert torch.equal(upscale(load("tiny")[0], image, 2.0, denoise=0.0), enlarged)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("method", ["wavelet", "adain", "lab"])
+def test_colours_are_fixed_after_the_last_pass(comfy, load, upscale, image, method, channels):
+    model = load("tiny")[0]
+    picture = torch.cat([image, image[..., :1]], -1)[..., :channels]
+    fix = comfy.module("infdit_core.colour_fix").fix_colours
+    plain = upscale(model, picture, 5.0, steps=2)
+    fixed = upscale(model, picture, 5.0, steps=2, colour_fix=method)
+    assert torch.equal(fixed, fix(plain, picture, method))
+    assert not torch.equal(fixed, plain)
+
+
+def test_decode_fixes_colours_like_upscale(comfy, load, upscale, image):
+    canvas = comfy.nodes["InfDiTConditioning"].execute(load("tiny")[0], image, 4.0).args[2]
+    fix = comfy.module("infdit_core.colour_fix").fix_colours
+    noisy = {"samples": canvas.concat + 0.2}
+    decoded, mask = comfy.nodes["InfDiTDecode"].execute(noisy, canvas, "adain").args
+    assert torch.equal(decoded, fix(canvas.finish(noisy["samples"]), image, "adain"))
+    assert mask.shape == decoded.shape[:3]
+    two = {"samples": noisy["samples"].repeat(2, 1, 1, 1)}
+    assert comfy.nodes["InfDiTDecode"].execute(two, canvas).args[0].shape[0] == 2
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected a latent of shape"):
+        comfy.nodes["InfDiTDecode"].execute(two, canvas, "adain")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_core_samplers_find_the_preset_s_picture(load, upscale, image, name):
+    model = load("tiny")[0]
+    exact = upscale(model, image, steps=20)
+    found = upscale(model, image, steps=20, sampler=sampler_object(name))
+    if not name.endswith("_sde"):  # which adds noise of its own: its picture is another one
+        assert (found - exact).square().mean().sqrt() < 0.06
+    pair = torch.cat([1 - image, image])
+    again = upscale(model, pair, steps=20, sampler=sampler_object(name))
+    torch.testing.assert_close(again[1], found[0])
+
+
+def test_heun_of_core_is_the_preset(load, upscale, image):
+    model = load("tiny")[0]
+    by_core = upscale(model, image, steps=6, sampler=sampler_object("heun"))
+    torch.testing.assert_close(by_core, upscale(model, image, steps=6), atol=1e-4, rtol=0)
+
+
+def test_sigmas_take_the_place_of_steps_and_denoise(comfy, load, upscale, image, evaluations):
+    model = load("tiny")[0]
+    edm = comfy.module("infdit_core.edm")
+    expected = upscale(model, image, steps=5)
+    evaluations.clear()
+    found = upscale(model, image, steps=50, denoise=0.1, sigmas=edm.edm_sigmas(5))
+    assert len(evaluations) == 9
+    assert torch.equal(found, expected)
+    partly = upscale(model, image, sigmas=edm.edm_sigmas(8)[4:])
+    assert not torch.equal(partly, expected)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        (torch.zeros(0), r"expected sigmas that fall, at least two; got \(0,\): none"),
+        (torch.zeros(1), r"expected sigmas that fall, at least two; got \(1,\): 0"),
+        (torch.tensor([1.0, 2.0, 0.0]), "expected sigmas that fall, .* 1, 2, 0"),
+        (torch.tensor([1.0, 1.0, 0.0]), "expected sigmas that fall"),
+        (torch.tensor([2.0, float("nan"), 0.0]), "expected sigmas that fall, .* 2, nan, 0"),
+        (torch.tensor([float("nan"), 0.0]), "expected sigmas that fall"),
+        (torch.tensor([float("inf"), 1.0, 0.0]), "expected sigmas that fall, .* inf, 1, 0"),
+        (torch.tensor([[1.0, 0.0]]), r"expected sigmas that fall, .* \(1, 2\)"),
+        (torch.tensor([40.0, 5.0]), "expected sigmas that end in 0, .* got 5 at the end"),
+        (torch.tensor([4.0, -1.0]), "expected sigmas that end in 0, .* got -1 at the end"),
+    ],
+)
+def test_wrong_sigmas_are_refused_before_any_work(
+    load, upscale, image, evaluations, sigmas, message
+):
+    with pytest.raises(ValueError, match=f"Inf-DiT Upscale: {message}"):
+        upscale(load("tiny")[0], image, sigmas=sigmas)
+    assert not evaluations
+
+
+def test_a_bad_picture_at_the_end_of_a_batch_is_refused_before_any_work(
+    load, upscale, image, evaluations
+):
+    batch = torch.cat([image, image * float("nan")])
+    with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected finite pixels in 0\.\.1"):
+        upscale(load("tiny")[0], batch)
+    assert not evaluations
+
+
+def test_a_network_that_overflows_is_named(comfy, load, upscale, image, monkeypatch):
+    net = comfy.module("infdit_core.model").InfDiT
+    forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda *a, **k: forward(*a, **k) * float("inf"))
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected finite pixels from the netw"):
+        upscale(load("tiny")[0], image)
+
+
+def test_the_mask_is_one_minus_alpha(comfy, load, image):
+    model, node = load("tiny")[0], comfy.nodes["InfDiTSampler"]
+    alpha = torch.rand(2, 10, 12, 1)
+    pictures = torch.cat([image.expand(2, -1, -1, -1), alpha], -1)
+    picture, mask = node.execute(model, pictures, 2.0, 0, 1).args
+    assert torch.equal(mask, 1 - picture[..., 3])
+    assert mask.shape == (2, 20, 24)
+    picture, mask = node.execute(model, image, 2.0, 0, 1).args
+    assert torch.equal(mask, torch.zeros(1, 20, 24))
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "uni_pc"])
+def test_the_bar_of_a_foreign_sampler_ends_full(load, upscale, image, bar, name):
+    upscale(load("tiny")[0], torch.cat([image, image]), sampler=sampler_object(name))
+    values = [value for value, _, _ in bar]
+    assert values == sorted(values)
+    assert all(value <= total for value, total, _ in bar)
+    assert bar[-1][0] / bar[-1][1] > 0.85
+    assert sum(preview is not None for _, _, preview in bar) >= 2 * STEPS - 2
