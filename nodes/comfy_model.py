@@ -20,8 +20,10 @@ from ..infdit_core.attention import sdpa
 from ..infdit_core.checkpoint import Checkpoint, check, network_state_dict, read_config
 from ..infdit_core.condition import Condition
 from ..infdit_core.config import InfDiTConfig
+from ..infdit_core.fp8 import use_fp8
 from ..infdit_core.model import InfDiT
 from ..infdit_core.planner import Plan, plans
+from ..infdit_core.residual_cache import ResidualCache
 
 CLIP_ATTACHMENT = "infdit_clip"
 """Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
@@ -33,17 +35,22 @@ SCHEDULE = "infdit_schedule"
 """Key in `transformer_options`: the `Schedule` of every evaluation; planned here if absent."""
 MEMORY = "infdit_memory"
 """Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
+REUSE_LAYERS = "infdit_reuse_layers"
+"""Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
 
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
+_SAME_SIGMA = 1e-3
+"""Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
 
 
-def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None):
+def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp8: bool = False):
     """Build the model of a checkpoint in a `ModelPatcher`.
 
     Args:
         checkpoint: an opened file.
         dtype: of the weights; None lets ComfyUI choose from the file's dtype and the device.
+        fp8: 8-bit linear layers inside the transformer layers.
 
     Raises:
         CheckpointError: the file is not an Inf-DiT model; the message says why.
@@ -76,6 +83,8 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None):
     )
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
+    if fp8:
+        use_fp8(model.diffusion_model.net)
     return patcher
 
 
@@ -138,7 +147,9 @@ class InfDiTModel(comfy.model_base.BaseModel):
         return min(fast or [p.peak_bytes for p in found])
 
 
-def plan_evaluation(net: InfDiT, batch: int, height: int, width: int, dtype, device) -> list[Plan]:
+def plan_evaluation(
+    net: InfDiT, batch: int, height: int, width: int, dtype, device, *, residual: bool = False
+) -> list[Plan]:
     """Plans for an evaluation; weights and pictures are ComfyUI's to count."""
     return plans(
         net.config,
@@ -149,6 +160,7 @@ def plan_evaluation(net: InfDiT, batch: int, height: int, width: int, dtype, dev
         batch=batch,
         weights=False,
         pictures=False,
+        residual=residual,
     )
 
 
@@ -158,12 +170,21 @@ class SamplingRun:
     def __init__(self):
         self._schedule: Adaptive | None = None
         self._lr_kv: torch.Tensor | None = None
+        self._cache: ResidualCache | None = None
+
+    def cache(self, layers: int) -> ResidualCache | None:
+        """What leaves out layers in this run."""
+        if layers and self._cache is None:
+            self._cache = ResidualCache(layers, _SAME_SIGMA)
+        return self._cache
 
     def schedule(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
         """The fastest schedule for x that fits, planned at the first evaluation."""
         if self._schedule is None:
             batch, _, height, width = x.shape
-            found = plan_evaluation(net, batch, height, width, x.dtype, x.device)
+            found = plan_evaluation(
+                net, batch, height, width, x.dtype, x.device, residual=self._cache is not None
+            )
             free = memory_bytes or comfy.model_management.get_free_memory(x.device)
             self._schedule = Adaptive(found, free, comfy.model_management.soft_empty_cache)
             logging.info("Inf-DiT: %d×%d px, %s", width, height, self._schedule.plan)
@@ -198,6 +219,7 @@ class DiffusionModel(torch.nn.Module):
             )
         cond = Condition(conds["concat"], conds["lr"], conds.get("vector"))
         run: SamplingRun = conds["run"]
+        cache = run.cache(options.get(REUSE_LAYERS, 0))
         schedule = options.get(SCHEDULE) or run.schedule(self.net, x, options.get(MEMORY))
         if (told := options.get(PLAN)) is not None and isinstance(schedule, Adaptive):
             told(schedule.plan)
@@ -208,6 +230,7 @@ class DiffusionModel(torch.nn.Module):
             schedule,
             lr_kv=run.lr_kv(self.net, cond.lr, schedule.keep_lr),
             progress=_interruptible(options.get(PROGRESS)),
+            cache=cache,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..infdit_core.schedule import BlockMajor, Full, LayerMajor
-from .comfy_model import MEMORY, SCHEDULE, InfDiTModel
+from .comfy_model import MEMORY, REUSE_LAYERS, SCHEDULE, InfDiTModel
 from .types import CATEGORY
 
 _AUTO, _FULL, _BLOCKS, _LAYERS = "auto", "whole picture", "block by block", "layer by layer"
@@ -19,8 +19,8 @@ class InfDiTSchedule(io.ComfyNode):
             display_name="Inf-DiT Schedule",
             category=CATEGORY,
             description="Sets how an Inf-DiT model works through a picture. The result is the same"
-            " with every setting; speed and memory differ. Without this node the fastest order"
-            " that fits is taken.",
+            " with every setting but reuse_layers; speed and memory differ. Without this node the"
+            " fastest order that fits is taken.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load Inf-DiT Checkpoint."),
                 io.Combo.Input(
@@ -54,6 +54,17 @@ class InfDiTSchedule(io.ComfyNode):
                     tooltip="Gigabytes that auto may take beside the weights; 0 takes what ComfyUI"
                     " reports free.",
                 ),
+                io.Int.Input(
+                    "reuse_layers",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Faster and not exact: with samplers that evaluate each noise level"
+                    " twice, as heun does, this many of the last layers (the released model has 28)"
+                    " are left out the second time, and what they added the first time is added"
+                    " again. 0 computes everything.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with this schedule.")],
             search_aliases=["inf-dit", "infdit", "memory", "vram", "low vram", "tiling"],
@@ -61,17 +72,30 @@ class InfDiTSchedule(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, schedule: str, blocks: int, tokens_on_cpu: bool, memory_gb: float
+        cls,
+        model,
+        schedule: str,
+        blocks: int,
+        tokens_on_cpu: bool,
+        memory_gb: float,
+        reuse_layers: int = 0,
     ) -> io.NodeOutput:
         if not isinstance(model.model, InfDiTModel):
             raise ValueError(
                 "Inf-DiT Schedule: expected a model from Load Inf-DiT Checkpoint;"
                 f" got {type(model.model).__name__}"
             )
+        layers = model.model.infdit_config.num_layers
+        if reuse_layers >= layers:
+            raise ValueError(
+                f"Inf-DiT Schedule: expected reuse_layers below the {layers} layers of this model;"
+                f" got {reuse_layers}"
+            )
         model = model.clone()
         options = model.model_options.setdefault("transformer_options", {})
         options.pop(SCHEDULE, None)
         options.pop(MEMORY, None)
+        options[REUSE_LAYERS] = reuse_layers
         if schedule == _FULL:
             options[SCHEDULE] = Full()
         elif schedule == _BLOCKS:
