@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from .checkpoint import BUNDLED_FOLDER
+from .colour_fix import COLOUR_FIXES
 from .commands import DTYPES, convert_file, inspect, plan_table, upscale
 from .sampling import PRESETS, SOLVERS
 
@@ -35,7 +36,7 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="upscale pictures",
         description="Upscale pictures. 8- and 16-bit PNG, JPEG, WebP, TIFF and BMP are read; grey"
-        " becomes RGB, alpha and the colour profile are kept.",
+        " becomes RGB; alpha, the colour profile, EXIF, XMP and the texts of PNG are kept.",
     )
     parser.set_defaults(command=upscale)
     parser.add_argument("input", nargs="+", type=Path, help="pictures, or folders of pictures")
@@ -45,7 +46,14 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         help="a file (.png, .webp, .tif or .jpg) for a single picture, else a folder, where each"
-        " result gets its picture's name and .png",
+        " result gets its picture's name; of several pictures those whose result is there are left"
+        " alone, so a run that was cut off goes on",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("png", "tif", "webp", "jpg"),
+        default="png",
+        help="of the results in a folder (default: %(default)s)",
     )
     parser.add_argument(
         "--model",
@@ -59,7 +67,7 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         type=int,
         choices=(8, 16),
         default=8,
-        help="bits per channel of the result; 16 needs .png (default: %(default)s)",
+        help="bits per channel of the result; 16 needs .png or .tif (default: %(default)s)",
     )
 
     target = parser.add_argument_group("size").add_mutually_exclusive_group()
@@ -87,6 +95,20 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         "--solver",
         choices=sorted(SOLVERS),
         help="instead of the preset's; heun evaluates the network twice a step, the others once",
+    )
+    sampling.add_argument(
+        "--denoise",
+        type=_share,
+        default=1.0,
+        help="part of the noise and of the steps, above 0; less keeps closer to the picture"
+        " (default: %(default)g)",
+    )
+    sampling.add_argument(
+        "--colour-fix",
+        choices=COLOUR_FIXES,
+        default="none",
+        help="take the colours of the picture that came in: all that is coarser than about 32 px"
+        " (wavelet), or mean and contrast in RGB (adain) or CIELAB (lab) (default: %(default)s)",
     )
 
     guidance = parser.add_argument_group(
@@ -216,6 +238,16 @@ def _size(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) * int(match[2]):
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
+    return share
 
 
 def _positive(text: str) -> int:

@@ -21,12 +21,15 @@ from .checkpoint import (
     open_checkpoint,
     read_config,
 )
+from .colour_fix import fix_colours
 from .condition import Condition
 from .convert import convert
-from .edm import edm_sigmas
+from .edm import partial_sigmas
 from .fp8 import use_fp8
 from .guidance import ClipGuide, read_clip
-from .image_io import READABLE, ImageError, check_writable, read_image, write_image
+from .host_memory import require_memory
+from .image_io import ImageError, check_writable, read_image, write_image
+from .jobs import CommandError, is_disk_full, plan_jobs, summary
 from .model import InfDiT
 from .planner import describe, evaluation_flop, gigabytes, plans
 from .prepare import PreparationError, pass_sizes, prepare, target_size
@@ -37,24 +40,24 @@ from .schedule import BlockMajor, Full, LayerMajor, Schedule
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class CommandError(ValueError):
-    """Something the user asked for that cannot be done."""
-
-
 class UsageError(Exception):
     """Arguments that contradict each other."""
 
 
 def upscale(args: argparse.Namespace) -> int:
-    """Upscale every picture; go on after one that cannot be read or written."""
+    """Upscale every picture; go on after one that fails, and leave alone what is there already."""
     _check_schedule(args)
-    jobs = _jobs(args.input, args.output, args.overwrite)
+    jobs = plan_jobs(args.input, args.output, args.format, args.overwrite)
+    for target in jobs.finished:
+        _say(f"{target} is there already; --overwrite makes it anew")
+    if not jobs.todo:
+        return 0
     device = _device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     guide = _guide(args, device)
-    for _, target in jobs:
+    for _, target in jobs.todo:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,24 +75,27 @@ def upscale(args: argparse.Namespace) -> int:
         use_fp8(model)
     if args.compile:
         model.compile_layers()
-    failures = 0
-    for source, target in jobs:
+    failed = []
+    for source, target in jobs.todo:
         try:
-            _upscale_picture(model, guide, source, target, args)
-        except (ImageError, PreparationError) as error:
-            if args.debug or len(jobs) == 1:
+            try:
+                _upscale_picture(model, guide, source, target, args)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise CommandError(
+                    f"the memory of {device} is too small for --schedule {args.schedule};"
+                    " try block-major or layer-major with few --blocks"
+                ) from error
+        except (ImageError, PreparationError, CommandError) as error:
+            if args.debug or is_disk_full(error):
                 raise
-            failures += 1
+            if jobs.single:
+                raise CommandError(f"{source}: {error}") from error
+            failed.append(source)
             sys.stderr.write(f"infdit: error: {source}: {error}\n")
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise CommandError(
-                f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
-                " try block-major or layer-major with few --blocks"
-            ) from error
-    if failures:
-        raise CommandError(f"{failures} of {len(jobs)} pictures could not be upscaled")
+    if failed:
+        raise CommandError(summary(failed, jobs))
     return 0
 
 
@@ -106,16 +112,19 @@ def _upscale_picture(
     source_size = image.shape[1], image.shape[2]
     factor = args.size / max(source_size) if args.size else args.scale
     sizes = pass_sizes(source_size, target_size(source_size, factor))
+    require_memory(sizes[-1], next(model.parameters()).device)
     vector = None
     if guide:
         vector = guide.guide(image, args.positive, args.negative, args.text_strength)
     picture = image
     preset = PRESETS[args.preset]
     preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
-    with _Progress(source.name, preset.steps * len(sizes)) as progress:
+    sigmas = partial_sigmas(preset.steps, args.denoise)
+    with _Progress(source.name, (len(sigmas) - 1) * len(sizes)) as progress:
         for size in sizes:
-            picture = _one_pass(model, picture, size, vector, preset, progress, args)
-    write_image(target, picture, bit_depth=args.bit_depth, info=info)
+            picture = _one_pass(model, picture, size, vector, preset.solver, sigmas, progress, args)
+    picture = fix_colours(picture, image, args.colour_fix)
+    write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
     (height, width), (to_height, to_width) = source_size, sizes[-1]
     _say(
         f"{source} ({width}×{height}) -> {target} ({to_width}×{to_height}),"
@@ -128,7 +137,8 @@ def _one_pass(
     picture: Tensor,
     size: tuple[int, int],
     vector: Tensor | None,
-    preset: Preset,
+    solver: str,
+    sigmas: Tensor,
     progress: _Progress,
     args: argparse.Namespace,
 ) -> Tensor:
@@ -139,9 +149,9 @@ def _one_pass(
     result = sample(
         model,
         Condition(canvas.concat.to(device), canvas.lr.to(device), vector),
-        edm_sigmas(preset.steps),
+        sigmas,
         noise=noise,
-        solver=preset.solver,
+        solver=solver,
         schedule=_schedule(args, model, canvas.concat),
         callback=progress.step,
         progress=progress.cells,
@@ -217,45 +227,6 @@ def inspect(args: argparse.Namespace) -> int:
     for name, value in lines.items():
         _say(f"  {name}: {value}")
     return 0
-
-
-def _jobs(inputs: list[Path], output: Path, overwrite: bool) -> list[tuple[Path, Path]]:
-    """Every picture with the file of its result, none of which may be in the way of another."""
-    sources: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in READABLE)
-            if not found:
-                raise CommandError(
-                    f"{path} holds no picture; expected {', '.join(sorted(READABLE))}"
-                )
-            sources += found
-        elif path.exists():
-            sources.append(path)
-        else:
-            raise CommandError(f"{path} does not exist; expected a picture or a folder")
-    single = len(inputs) == 1 and not inputs[0].is_dir()
-    if output.suffix and not output.is_dir():
-        if not single:
-            raise CommandError(f"{output} is one file; expected a folder for several pictures")
-        targets = [output]
-    else:
-        targets = [output / f"{source.stem}.png" for source in sources]
-    # By identity: on some systems names that differ in case mean one file.
-    originals = {_identity(source) for source in sources}
-    for target, times in Counter(targets).items():
-        if times > 1:
-            raise CommandError(f"{times} pictures would be written to {target}; rename them")
-        if target.exists() and _identity(target) in originals:
-            raise CommandError(f"{target} is an input; expected another --output")
-        if target.exists() and not overwrite:
-            raise CommandError(f"{target} already exists; expected another --output or --overwrite")
-    return list(zip(sources, targets, strict=True))
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:
@@ -366,4 +337,6 @@ def _yes(condition: bool) -> str:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    # What a file says of itself must not drive the terminal.
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    sys.stdout.write(shown + "\n")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from infdit_core import edm_sigmas, load_model, prepare, sample
 from infdit_core.__main__ import main
+from infdit_core.colour_fix import fix_colours
 from infdit_core.guidance import ClipGuide
 from infdit_core.image_io import read_image
 from tests.goldens import golden, golden_path
@@ -124,6 +125,23 @@ def test_the_seed_chooses_the_picture(models, picture, tmp_path):
         assert upscale(picture, "-o", out, "--model", models["none"], "--seed", seed) == 0
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_colours_are_fixed_and_denoise_keeps_closer(models, picture, tmp_path):
+    def run(*options: object) -> torch.Tensor:
+        out = tmp_path / "out.png"
+        arguments = ("--model", models["none"], "--steps", 4, "--overwrite", "--bit-depth", 16)
+        assert upscale(picture, "-o", out, *arguments, *options) == 0
+        return read_image(out)[0]
+
+    source = read_image(picture)[0]
+    plain = run()
+    fixed = fix_colours(plain, source, "wavelet")
+    torch.testing.assert_close(run("--colour-fix", "wavelet"), fixed, atol=1e-4, rtol=0)
+    canvas = prepare(source)
+    enlarged = canvas.finish(canvas.concat)
+    closer = run("--denoise", 0.25)
+    assert 0 < (closer - enlarged).abs().mean() < 0.5 * (plain - enlarged).abs().mean()
 
 
 def test_size_is_the_longer_side(models, picture, tmp_path):
@@ -246,6 +264,7 @@ def test_debug_shows_the_traceback(picture, tmp_path):
         (["upscale", "a.png"], "-o/--output"),
         (["upscale", "a.png", "-o", "b", "--model", "m", "--steps", "0"], "at least 1, got '0'"),
         (["upscale", "a.png", "-o", "b", "--model", "m", "--seed", "-1"], "2^64 - 1"),
+        (["upscale", "a.png", "-o", "b", "--model", "m", "--denoise", "0"], "above 0 and up to 1"),
         (["upscale", "a", "-o", "b", "--model", "m", "--scale", "2", "--size", "9"], "not allowed"),
         (["upscale", "a.png", "-o", "b", "--model", "m", "--blocks", "2"], "--schedule"),
     ],
