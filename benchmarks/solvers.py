@@ -2,8 +2,9 @@
 
 Samples test pictures with every solver, number of evaluations and spacing of sigmas, and measures
 the rms distance to Heun's method with 120 steps from the same noise, in 0..1 scale. With --comfyui
-the core samplers of that ComfyUI are measured beside our own. Writes solvers.json and solvers.png
-to benchmarks/results.
+the core samplers of that ComfyUI are measured beside our own. Other spacings than the release's are
+tried with the multistep solvers, and sigmas are optimised for ours, on other pictures. Writes
+solvers.json, after every row, and solvers.png to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infdit_core import LayerMajor, edm_sigmas, load_model
+from infdit_core import InfDiT, LayerMajor, edm_sigmas, load_model
 from infdit_core.checkpoint import BUNDLED_FOLDER
 from infdit_core.edm import SIGMA_MAX, SIGMA_MIN
 from infdit_core.sampling import SOLVERS
@@ -46,6 +47,10 @@ SPACINGS = {
         [torch.logspace(np.log10(SIGMA_MAX), np.log10(SIGMA_MIN), n), torch.zeros(1)]
     ),
 }
+SPACED = {"own multistep", "core ipndm", "core deis", "core dpmpp_2m"}
+OPTIMISED = [6, 12]
+"""Evaluations for which sigmas are optimised."""
+TRIALS = 40
 
 Run = Callable[[Callable, Tensor, Tensor], Tensor]
 
@@ -73,6 +78,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, help="source folder of a ComfyUI")
     parser.add_argument("--model", type=Path, default=BUNDLED_FOLDER / "infdit_small.safetensors")
     parser.add_argument("--count", type=int, default=4, help="crops of 128 px")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="of sigmas, for each count")
     args = parser.parse_args()
     runs = {f"own {name}": own(name) for name in SOLVERS}
     if args.comfyui:
@@ -82,34 +88,88 @@ def main() -> None:
         runs |= {f"core {name}": core(name) for name in CORE_SAMPLERS}
 
     model = load_model(args.model)
-    pictures = Photos(args.pictures / "test", 128).batch(args.count, np.random.default_rng(2))
-    cond = condition(reduce_bicubic(pictures))
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    lr_kv = model.lr_keys_values(cond.lr)
-    schedule = LayerMajor(16)
+    test, train = (Measure(model, args.pictures / name, args.count) for name in ("test", "train"))
+    result = {
+        "command": f"python -m benchmarks.solvers --count {args.count} --trials {args.trials}",
+        "model": args.model.name,
+        "environment": environment(torch.device("cpu")),
+        "rows": [],
+    }
+    RESULTS.mkdir(exist_ok=True)
 
-    @torch.no_grad()
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return model.denoise(x, sigma, cond, schedule, lr_kv=lr_kv)
+    def add(name: str, spacing: str, run: Run, sigmas: Tensor, evaluations: int) -> None:
+        rms, largest = test.error(run, sigmas)
+        row = {"solver": name, "spacing": spacing, "evaluations": evaluations, "rms": rms}
+        row["max"] = largest
+        if spacing == "optimised":
+            row["sigmas"] = [round(s, 4) for s in sigmas.tolist()]
+        result["rows"].append(row)
+        print(row, flush=True)
+        (RESULTS / "solvers.json").write_text(json.dumps(result, indent=1) + "\n")
 
-    def sampled(run: Run, sigmas: Tensor) -> Tensor:
-        return run(denoise, cond.concat + sigmas[0] * noise, sigmas).clamp(-1, 1)
-
-    reference = sampled(own("heun"), edm_sigmas(REFERENCE_STEPS))
-    rows = []
     for name, run in runs.items():
-        for spacing, sigmas in SPACINGS.items():
+        for spacing, sigmas in SPACINGS.items() if name in SPACED else [*SPACINGS.items()][:1]:
             for evaluations in [*EVALUATIONS, 39] if name == "own heun" else EVALUATIONS:
                 steps = (evaluations + 1) // 2 if name == "own heun" else evaluations
-                error = (sampled(run, sigmas(steps)) - reference) / 2
-                rms = error.square().mean().sqrt().item()
-                rows.append({"solver": name, "spacing": spacing, "evaluations": evaluations})
-                rows[-1] |= {"rms": round(rms, 5), "max": round(error.abs().max().item(), 4)}
-                print(rows[-1], flush=True)
-    result = {"environment": environment(torch.device("cpu")), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "solvers.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, RESULTS / "solvers.png")
+                add(name, spacing, run, sigmas(steps), evaluations)
+    for steps in OPTIMISED:
+        run = own("multistep")
+        add("own multistep", "optimised", run, optimised(train, run, steps, args.trials), steps)
+    draw(result["rows"], RESULTS / "solvers.png")
+
+
+class Measure:
+    """Distance to the reference on crops of 128 px.
+
+    Args:
+        model: the network.
+        folder: of photographs.
+        count: of crops.
+    """
+
+    def __init__(self, model: InfDiT, folder: Path, count: int) -> None:
+        pictures = Photos(folder, 128).batch(count, np.random.default_rng(2))
+        self._model, self._cond = model, condition(reduce_bicubic(pictures))
+        self._noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+        self._lr_kv = model.lr_keys_values(self._cond.lr)
+        self._reference = self._sampled(own("heun"), edm_sigmas(REFERENCE_STEPS))
+
+    def error(self, run: Run, sigmas: Tensor) -> tuple[float, float]:
+        """Root mean square and largest difference, for pictures in 0..1."""
+        error = (self._sampled(run, sigmas) - self._reference) / 2
+        return round(error.square().mean().sqrt().item(), 5), round(error.abs().max().item(), 4)
+
+    def _sampled(self, run: Run, sigmas: Tensor) -> Tensor:
+        x = self._cond.concat + sigmas[0] * self._noise
+        return run(self._denoise, x, sigmas).clamp(-1, 1)
+
+    @torch.no_grad()
+    def _denoise(self, x: Tensor, sigma: float) -> Tensor:
+        return self._model.denoise(x, sigma, self._cond, LayerMajor(16), lr_kv=self._lr_kv)
+
+
+def optimised(measure: Measure, run: Run, steps: int, trials: int) -> Tensor:
+    """Sigmas by random search: steps along the schedule, in sigma^(1/7), get longer or shorter.
+
+    Starts from the release's spacing; keeps a change where it is better.
+    """
+    generator = np.random.default_rng(0)
+    high, low = SIGMA_MAX ** (1 / 7), SIGMA_MIN ** (1 / 7)
+
+    def sigmas(shape: np.ndarray) -> Tensor:
+        length = np.exp(np.interp(np.linspace(0, 1, steps - 1), np.linspace(0, 1, 4), shape))
+        along = np.concatenate([[0.0], np.cumsum(length) / length.sum()])
+        levels = (high + along * (low - high)) ** 7
+        return torch.tensor([*levels, 0.0], dtype=torch.float32)
+
+    best = np.zeros(4)
+    smallest = measure.error(run, sigmas(best))[0]
+    for trial in range(trials):
+        tried = best + generator.normal(size=4) * 0.6 * (1 - trial / trials)
+        error = measure.error(run, sigmas(tried))[0]
+        if error < smallest:
+            best, smallest = tried, error
+    return sigmas(best)
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -122,6 +182,8 @@ def draw(rows: list[dict], path: Path) -> None:
         points = [(r["evaluations"], r["rms"]) for r in rows
                   if r["solver"] == name and r["spacing"] == first]  # fmt: skip
         axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    found = [(r["evaluations"], r["rms"]) for r in rows if r["spacing"] == "optimised"]
+    axes.plot(*zip(*found, strict=True), "k*", label="own multistep, optimised sigmas")
     axes.set(xlabel="evaluations", ylabel="rms to Heun with 120 steps", yscale="log")
     axes.set_title(f"bundled model, {first}")
     axes.grid(alpha=0.3, which="both")
