@@ -70,6 +70,15 @@ class InfDiTCheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str) -> bool | str:
+        return model_name in folder_paths.get_filename_list(_FOLDER) or (
+            "Load Inf-DiT Checkpoint: expected a file in models/infdit or a folder listed under"
+            f" infdit in extra_model_paths.yaml; {model_name!r} is not there. The released model is"
+            " linked in its authors' repository; its .pt file works as it is. The pack's README"
+            " says more under Models, and how to convert."
+        )
+
+    @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
         with _named_errors("Load Inf-DiT Checkpoint"), open_checkpoint(path) as checkpoint:
@@ -108,6 +117,15 @@ class InfDiTCLIPLoader(io.ComfyNode):
                 ),
             ],
             search_aliases=["inf-dit", "infdit", "clip vision", "datacomp"],
+        )
+
+    @classmethod
+    def validate_inputs(cls, clip_name: str) -> bool | str:
+        return any(clip_name in folder_paths.get_filename_list(f) for f in _CLIP_FOLDERS) or (
+            "Load Inf-DiT CLIP: expected a file in models/clip_vision, models/text_encoders or"
+            f" models/infdit; {clip_name!r} is not there. It is open_clip's ViT-L-14 with the"
+            " weights datacomp_xl_s13b_b90k; models with a CLIP tower of their own, as the"
+            " released one, need it for text only."
         )
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
@@ -150,9 +151,7 @@ class InfDiTSampler(io.ComfyNode):
         progress = SamplingProgress(
             evaluations * runs, steps * runs, cls.hidden.unique_id if cls.hidden else None
         )
-        model = model.clone()
-        options = model.model_options.setdefault("transformer_options", {})
-        options |= {PROGRESS: progress.cells, PLAN: progress.planned}
+        options = {PROGRESS: progress.cells, PLAN: progress.planned}
 
         results = []
         for i, picture in enumerate(image.split(1)):
@@ -167,6 +166,7 @@ class InfDiTSampler(io.ComfyNode):
                         sampler or core_sampler(chosen.solver),
                         sigmas,
                         seed,
+                        options,
                         progress.step,
                     )
                 if not samples.isfinite().all():
@@ -196,22 +196,23 @@ def core_sampler(solver: str) -> comfy.samplers.Sampler:
 
 
 def _sample(
-    model, condition: Condition, sampler, sigmas: torch.Tensor, seed: int, callback
+    model, condition: Condition, sampler, sigmas: torch.Tensor, seed: int, options: dict, callback
 ) -> torch.Tensor:
+    """Sample with cfg 1 and more `transformer_options`, as SamplerCustomAdvanced does.
+
+    The options go to the guider and not to a clone of the model: ComfyUI would load that anew.
+    """
     concat, conditioning = conditioning_of(condition)
-    return comfy.sample.sample_custom(
-        model,
-        comfy.sample.prepare_noise(concat, seed),
-        1.0,
-        sampler,
-        sigmas,
-        conditioning,
-        conditioning,
-        concat,
-        callback=callback,
-        disable_pbar=True,
-        seed=seed,
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    guider.set_cfg(1.0)
+    options = model.model_options.get("transformer_options", {}) | options
+    guider.model_options = model.model_options | {"transformer_options": options}
+    noise = comfy.sample.prepare_noise(concat, seed)
+    samples = guider.sample(
+        noise, concat, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed
     )
+    return samples.to(comfy.model_management.intermediate_device())
 
 
 def _check_sigmas(node: str, sigmas: torch.Tensor) -> None:

@@ -95,7 +95,10 @@ def comfy_server(
 ) -> Iterator[ComfyServer]:
     """A running ComfyUI on the CPU with this pack and no other, shared by all tests."""
     base = tmp_path_factory.mktemp("server")
+    paths = base / "extra_model_paths.yaml"
+    paths.write_text(f"elsewhere:\n    base_path: {base / 'elsewhere'}\n    infdit: upscalers\n")
+    arguments = ["--cpu", "--extra-model-paths-config", str(paths)]
     with running_server(
-        Path(sys.executable), comfy_source, base, arguments=["--cpu"], threads=THREADS
+        Path(sys.executable), comfy_source, base, arguments=arguments, threads=THREADS
     ) as server:
         yield server

@@ -129,12 +129,14 @@ class ComfyServer:
         kind = f"multipart/form-data; boundary={boundary}"
         return self._json("/upload/image", body, kind)["name"]
 
-    def queue(self, workflow: Workflow) -> str:
+    def queue(self, workflow: Workflow, client_id: str = "") -> str:
         """Queue a workflow in the API format and return its prompt id without waiting.
 
-        Raises ComfyError with each node's complaint if ComfyUI does not accept it.
+        `client_id` is that of the websocket that is to hear of it. Raises ComfyError with each
+        node's complaint if ComfyUI does not accept it.
         """
-        return self._json("/prompt", json.dumps({"prompt": workflow}).encode())["prompt_id"]
+        body = json.dumps({"prompt": workflow, "client_id": client_id}).encode()
+        return self._json("/prompt", body)["prompt_id"]
 
     def wait(
         self,

@@ -61,6 +61,16 @@ def test_a_picture_comes_out_the_same_wherever_it_stands_in_a_batch(load, upscal
         torch.testing.assert_close(upscale(model, images[i : i + 1])[0], batch[i])
 
 
+def test_half_precision_pictures_are_upscaled(comfy, load, upscale, monkeypatch):
+    model, image = load("tiny")[0], torch.rand(1, 10, 12, 4)
+    exact = upscale(model, image)
+    assert (upscale(model, image.half()) - exact).abs().mean() < 1e-2
+    arguments = importlib.import_module("comfy.cli_args").args
+    monkeypatch.setattr(arguments, "fp16_intermediates", True)
+    full = ksampler(comfy, model, image.half(), STEPS, seed=0)
+    assert (full - upscale(model, image, 4.0)).abs().mean() < 1e-2
+
+
 def test_the_seed_chooses_the_picture(load, upscale):
     model, image = load("tiny")[0], torch.rand(1, 10, 12, 3)
     assert torch.equal(upscale(model, image, seed=1), upscale(model, image, seed=1))

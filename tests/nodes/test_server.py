@@ -125,11 +125,30 @@ def test_failing_node_says_what_is_wrong(comfy_server: ComfyServer):
         comfy_server.submit(workflow, timeout=60)
 
 
-def test_model_dropped_in_is_offered(comfy_server: ComfyServer):
-    folder = comfy_server.models_dir / "infdit"
-    folder.mkdir(exist_ok=True)
+@pytest.mark.parametrize("where", ["models/infdit", "elsewhere/upscalers"])
+def test_model_dropped_in_is_offered(comfy_server: ComfyServer, where: str):
+    """The second folder is that of extra_model_paths.yaml."""
+    folder = comfy_server.models_dir.parent / where
+    folder.mkdir(exist_ok=True, parents=True)
     source = GOLDEN / "xs" / "model.safetensors"
-    (folder / "offered.safetensors").write_bytes(source.read_bytes())
+    (folder / f"{folder.name}.safetensors").write_bytes(source.read_bytes())
     info = comfy_server.object_info("InfDiTCheckpointLoader")["InfDiTCheckpointLoader"]
     options = info["input"]["required"]["model_name"]
-    assert "offered.safetensors" in str(options)
+    assert f"{folder.name}.safetensors" in str(options)
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "message"),
+    [
+        ("InfDiTCheckpointLoader", {"weight_dtype": "default"}, "linked in its authors' repos"),
+        ("InfDiTCLIPLoader", {}, "open_clip's ViT-L-14"),
+    ],
+)
+def test_a_missing_file_is_explained(comfy_server: ComfyServer, node, inputs, message):
+    name = next(iter(comfy_server.object_info(node)[node]["input"]["required"]))
+    workflow = {
+        "load": {"class_type": node, "inputs": {name: "absent.safetensors", **inputs}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["load", 0]}},
+    }
+    with pytest.raises(ComfyError, match=rf"'absent.safetensors' is not there.*{message}"):
+        comfy_server.queue(workflow)

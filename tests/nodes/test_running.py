@@ -1,0 +1,121 @@
+"""What a user sees and does while an upscale runs in a real ComfyUI server."""
+
+import asyncio
+import json
+import re
+import struct
+import time
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+
+from tools.comfy_server import ComfyServer
+
+pytestmark = pytest.mark.comfy
+
+STEPS = 6  # of the preset draft
+TEXT, PREVIEW_WITH_METADATA = 3, 4  # binary messages of the websocket
+LIMIT_SECONDS = 240
+
+
+@dataclass
+class Run:
+    """What the websocket told of a workflow."""
+
+    events: list[str] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    cancelled_after: float = 0.0
+    """Seconds from the request to cancel until the workflow had stopped, if it was cancelled."""
+
+
+def workflow(seed: int, width: int = 128) -> dict:
+    def node(kind: str, **inputs) -> dict:
+        return {"class_type": kind, "inputs": inputs}
+
+    return {
+        "load": node(
+            "InfDiTCheckpointLoader",
+            model_name="infdit_small.safetensors",
+            weight_dtype="default",
+        ),
+        "grey": node("EmptyImage", width=width, height=64, batch_size=1, color=0x808080),
+        "upscale": node(
+            "InfDiTSampler",
+            model=["load", 0],
+            image=["grey", 0],
+            upscale_by=4.0,
+            seed=seed,
+            steps=20,
+            preset="draft",
+        ),
+        "save": node("SaveImage", images=["upscale", 0], filename_prefix="running"),
+    }
+
+
+async def listen(server: ComfyServer, graph: dict, cancel: bool) -> Run:
+    run, asked = Run(), 0.0
+    address = server.url.replace("http", "ws") + "/ws?clientId=listener"
+    async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+        await socket.send_json(
+            {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+        )
+        await asyncio.to_thread(server.queue, graph, "listener")
+        async for message in socket:
+            if message.type == aiohttp.WSMsgType.BINARY:
+                (kind,) = struct.unpack(">I", message.data[:4])
+                if kind == PREVIEW_WITH_METADATA:
+                    run.previews.append(message.data[4:])
+                elif kind == TEXT:
+                    run.texts.append(message.data[8:].decode())
+                continue
+            event = json.loads(message.data)
+            run.events.append(event["type"])
+            if event["type"] == "progress":
+                run.values.append(event["data"]["value"] / event["data"]["max"])
+                if cancel and not asked:
+                    asked = time.monotonic()
+                    await asyncio.to_thread(server.interrupt)
+            if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                run.cancelled_after = time.monotonic() - asked
+                return run
+    raise AssertionError("the server closed the connection")
+
+
+def watched(server: ComfyServer, graph: dict, cancel: bool = False) -> Run:
+    return asyncio.run(asyncio.wait_for(listen(server, graph, cancel), LIMIT_SECONDS))
+
+
+@pytest.fixture(scope="module")
+def run(comfy_server: ComfyServer) -> Run:
+    return watched(comfy_server, workflow(seed=1))
+
+
+def test_the_preview_changes_with_every_step(run):
+    assert run.events[-1] == "execution_success"
+    assert len(set(run.previews)) == STEPS
+
+
+def test_the_bar_runs_once_from_start_to_end(run):
+    assert run.values == sorted(run.values)
+    assert run.values[-1] == 1
+
+
+def test_the_text_says_the_plan_then_steps_and_time_left(run):
+    assert re.search(r"\d B|[GM]B", run.texts[0]), run.texts
+    assert any(re.search(rf"[0-{STEPS}] of {STEPS} steps, \d+:\d\d left$", t) for t in run.texts)
+
+
+def test_cancelling_stops_within_a_second_and_the_next_run_works(comfy_server, run):
+    cancelled = watched(comfy_server, workflow(seed=2, width=256), cancel=True)
+    assert cancelled.events[-1] == "execution_interrupted"
+    assert cancelled.cancelled_after < 1
+
+
+def test_the_model_stays_loaded_between_runs(comfy_server, run):
+    loads = comfy_server.log().count("Requested to load InfDiTModel")
+    assert loads
+    assert watched(comfy_server, workflow(seed=3, width=64)).events[-1] == "execution_success"
+    assert comfy_server.log().count("Requested to load InfDiTModel") == loads
