@@ -84,14 +84,12 @@ def upscale(args: argparse.Namespace) -> int:
                 if not is_out_of_memory(error):
                     raise
                 raise CommandError(
-                    f"the memory of {device} is too small for --schedule {args.schedule};"
+                    f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
                     " try block-major or layer-major with few --blocks"
                 ) from error
         except (ImageError, PreparationError, CommandError) as error:
-            if args.debug or is_disk_full(error):
+            if args.debug or jobs.single or is_disk_full(error):
                 raise
-            if jobs.single:
-                raise CommandError(f"{source}: {error}") from error
             failed.append(source)
             sys.stderr.write(f"infdit: error: {source}: {error}\n")
     if failed:

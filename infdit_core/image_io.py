@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from glob import escape
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,10 @@ def write_image(
                 png16.write(file, values.astype(kept), info.icc_profile, info.metadata.exif, texts)
             else:
                 options = options | save_options(kind, info.metadata)
-                picture = _pillow().fromarray(values.astype(kept))
-                picture.save(file, format=kind, icc_profile=info.icc_profile, **options)
+                picture, encoded = _pillow().fromarray(values.astype(kept)), BytesIO()
+                picture.save(encoded, format=kind, icc_profile=info.icc_profile, **options)
+                # Pillow itself overlooks a write that a full disk cuts short.
+                file.write(encoded.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # the name must not be on the disk before the pixels
         if path.exists() and not overwrite:
