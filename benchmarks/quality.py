@@ -127,6 +127,7 @@ def show(found: dict[str, Any]) -> None:
             print(
                 f"  {key:16}" + "".join(f"{'' if v is None else round(v, 4):>10}" for v in values)
             )
+        print(f"  standard error of ours' block_seam: {part['block_seam_error']:.4f}")
         for bar in part["bars"]:
             mark = "pass" if bar["passed"] else "FAIL"
             print(f"  {mark}  {bar['name']}: {bar['value']:.4f}, limit {bar['limit']:.4f}")
