@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     done = {(row["photo"], row["degradation"]) for row in rows}
     versions = {name: importlib.metadata.version(name) for name in ("piq", "kornia", "pillow")}
     result = {
-        "command": "python -m benchmarks.quality " + " ".join(argv or sys.argv[1:]),
+        "command": " ".join(["python -m benchmarks.quality", *(argv or sys.argv[1:])]).replace(
+            str(args.photos), "PHOTOS"
+        ),
         "settings": settings,
         "environment": environment(device) | versions,
     }
