@@ -38,6 +38,8 @@ LOG = "log.csv"
 SAMPLE_SEED = 1
 DEGRADATIONS = ("bicubic", "realesrgan")
 OPTIMIZERS = ("adamw", "muon")
+CHANGEABLE = ("total_steps", "p_mean", "p_std")
+"""Settings that are taken from the command line when a run is resumed."""
 LEVELS = (0.0, 0.1, 0.3, 1.0, math.inf)
 """Bounds of sigma between which the log averages the loss."""
 
@@ -46,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Settings:
-    """A run. All but the lengths are fixed when it starts."""
+    """A run. All but what is `CHANGEABLE` is fixed when it starts."""
 
     hidden_size: int = 128
     num_layers: int = 6
@@ -349,7 +351,8 @@ def main() -> None:
     state = args.run / STATE
     if state.exists():
         settings = Settings(**torch.load(state, weights_only=True)["settings"])
-        settings.total_steps = args.total_steps
+        for name in CHANGEABLE:
+            setattr(settings, name, getattr(args, name))
     trainer = Trainer(
         settings, Photos(args.photos / "train", settings.crop_px), torch.device(args.device)
     )
