@@ -31,6 +31,7 @@ TEST_TOOLS = (
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "hypothesis==6.155.2",
+    "bandit==1.9.4",
     "playwright==1.65.2",
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",

@@ -1,0 +1,183 @@
+"""What users get: the archive that .comfyignore leaves, what is in it and what it may do."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from tests.goldens import TINY, random_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STANDARD = {
+    "__future__", "argparse", "codecs", "collections", "contextlib", "copy", "dataclasses", "enum",
+    "errno", "functools", "glob", "hashlib", "io", "itertools", "json", "logging", "math", "mmap",
+    "os", "pathlib", "pickletools", "re", "shutil", "struct", "sys", "time", "types", "typing",
+    "weakref", "zipfile", "zlib",
+}  # fmt: skip
+"""Of Python's library: nothing that connects, starts a process, loads a pickle or other code."""
+PACKAGES = {"PIL", "einops", "numpy", "open_clip", "psutil", "safetensors", "torch", "tqdm"}
+COMFYUI = {"comfy", "comfy_api", "folder_paths", "server"}
+
+EXPECTED_OF_BANDIT = {
+    ("B403", "infdit_core/checkpoint.py"),  # names our pickle_reader
+    ("B403", "infdit_core/pickle_reader.py"),  # pickletools, which decodes and runs nothing
+}
+
+FORBIDDEN_CALLS = {
+    "eval", "exec", "compile", "__import__", "breakpoint", "input", "system", "popen", "spawnv",
+    "execv", "fork", "urlopen", "urlretrieve", "connect", "load_state_dict_from_url",
+    "download_url_to_file", "hf_hub_download", "create_model_and_transforms", "create_model",
+    "import_module", "dlopen", "CDLL", "load_library",
+}  # fmt: skip
+
+
+def git(*arguments: str) -> list[str]:
+    command = ["git", "-C", str(ROOT), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip(f"needs a git checkout: {result.stderr.strip()}")
+    return [line for line in result.stdout.split("\0") if line]
+
+
+@pytest.fixture(scope="module")
+def archive() -> list[str]:
+    """Files that the registry's archive of this checkout holds."""
+    left_out = set(git("ls-files", "-z", "-c", "-i", "-X", ".comfyignore"))
+    return [name for name in git("ls-files", "-z") if name not in left_out]
+
+
+@pytest.fixture(scope="module")
+def sources(archive) -> dict[str, ast.Module]:
+    return {
+        name: ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
+        for name in archive
+        if name.endswith(".py")
+    }
+
+
+def test_the_archive_holds_the_pack_alone(archive):
+    folders = {name.split("/")[0] for name in archive if "/" in name}
+    unwanted = {"tests", "tools", "training", "benchmarks", ".ci", ".github", "shared", "runs"}
+    assert not folders & unwanted
+    assert {"infdit_core", "nodes", "web", "locales", "example_workflows", "models"} <= folders
+    suffixes = {Path(name).suffix for name in archive}
+    programs = {".so", ".dll", ".exe", ".sh", ".bat", ".js", ".pyc", ".whl", ".pt", ".pkl", ".bin"}
+    assert not suffixes & programs
+    size = sum((ROOT / name).stat().st_size for name in archive)
+    assert size < 30e6, f"{size / 1e6:.1f} MB"
+    assert not [name for name in archive if (ROOT / name).is_symlink()]
+
+
+def test_bandit_finds_nothing_else(sources):
+    files = [str(ROOT / name) for name in sources]
+    command = [sys.executable, "-m", "bandit", "--quiet", "--ignore-nosec", "--format", "json"]
+    result = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    report = json.loads(result.stdout)
+    assert report["errors"] == []
+    assert report["metrics"]["_totals"]["loc"] > 4000, "it must have read them"
+    found = {
+        (issue["test_id"], Path(issue["filename"]).relative_to(ROOT).as_posix())
+        for issue in report["results"]
+    }
+    assert found == EXPECTED_OF_BANDIT
+
+
+def test_imports_are_those_on_the_list(sources):
+    imported: dict[str, set[str]] = {}
+    for name, tree in sources.items():
+        for node in ast.walk(tree):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            for module in modules:
+                imported.setdefault(module.split(".")[0], set()).add(name)
+    foreign = {m: names for m, names in imported.items() if m not in STANDARD | PACKAGES | COMFYUI}
+    assert not foreign
+    assert not {n for m in COMFYUI for n in imported.get(m, ()) if n.startswith("infdit_core/")}
+
+
+def test_nothing_is_called_that_runs_or_fetches_code(sources):
+    found = []
+    for name, tree in sources.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                function = node.func
+                own = getattr(function, "attr", getattr(function, "id", ""))
+                # Methods of that name are none of Python's functions: model.eval, re.compile
+                ours = own in ("compile", "eval") and isinstance(function, ast.Attribute)
+                if own in FORBIDDEN_CALLS and not ours:
+                    found.append(f"{name}:{node.lineno} {ast.unparse(function)}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.path", "os.environ"):
+                found.append(f"{name}:{node.lineno} {ast.unparse(node)}")
+    assert not found
+
+
+def test_torch_load_is_never_called(sources):
+    calls = {
+        ast.unparse(node.func)
+        for tree in sources.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    }
+    assert not calls & {"torch.load", "pickle.load", "pickle.loads", "torch.jit.load"}
+    assert "safe_open" in calls
+
+
+WATCHED = """
+import sys
+
+BAD = ("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.", "subprocess.", "os.system",
+       "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class")
+seen = []
+sys.addaudithook(lambda event, args: seen.append((event, args)) if event.startswith(BAD) else None)
+from infdit_core.__main__ import main
+
+status = main(sys.argv[1:])
+print("SEEN", seen)
+sys.exit(status)
+"""
+
+
+def test_a_run_connects_to_nothing_and_starts_nothing(tmp_path):
+    from PIL import Image
+
+    save_file(random_tensors(TINY), tmp_path / "tiny.safetensors")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    options = ["--model", str(tmp_path / "tiny.safetensors"), "--steps", "1", "--solver", "euler"]
+    options += ["--device", "cpu", "--schedule", "full"]
+    arguments = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), *options]
+    command = [sys.executable, "-c", WATCHED, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "SEEN []" in result.stdout
+    assert (tmp_path / "b.png").exists()
+
+
+def test_requirements_are_unpinned_and_name_no_index():
+    lines = (ROOT / "requirements.txt").read_text().split("\n")
+    wanted = [line.split("#")[0].strip() for line in lines]
+    assert all(re.fullmatch(r"[a-z_]*", line) for line in wanted)
+
+
+def test_the_readme_lists_every_dependency_with_its_licence():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Dependencies")[1].split("\n## ")[0]
+    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", section, re.MULTILINE))
+    required = set((ROOT / "requirements.txt").read_text().split())
+    assert required <= set(table)
+    assert {"pillow", "tqdm"} <= set(table)
+    assert all(re.search(r"MIT|BSD|Apache|MPL", licence) for licence in table.values())
+
+
+def test_security_policy():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for heading in ("Reporting", "What is promised", "What is not"):
+        assert f"## {heading}" in text
