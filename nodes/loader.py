@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import folder_paths
@@ -70,13 +70,18 @@ class InfDiTCheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        return model_name in folder_paths.get_filename_list(_FOLDER) or (
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
+        # None: it comes from another node, and is looked up when that has run
+        return model_name in [None, *folder_paths.get_filename_list(_FOLDER)] or (
             "Load Inf-DiT Checkpoint: expected a file in models/infdit or a folder listed under"
             f" infdit in extra_model_paths.yaml; {model_name!r} is not there. The released model is"
             " linked in its authors' repository; its .pt file works as it is. The pack's README"
             " says more under Models, and how to convert."
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None, **_: object) -> str:
+        return _fingerprint([_FOLDER], model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
@@ -120,13 +125,18 @@ class InfDiTCLIPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name: str) -> bool | str:
-        return any(clip_name in folder_paths.get_filename_list(f) for f in _CLIP_FOLDERS) or (
+    def validate_inputs(cls, clip_name: str | None) -> bool | str:
+        names = [None, *(n for f in _CLIP_FOLDERS for n in folder_paths.get_filename_list(f))]
+        return clip_name in names or (
             "Load Inf-DiT CLIP: expected a file in models/clip_vision, models/text_encoders or"
             f" models/infdit; {clip_name!r} is not there. It is open_clip's ViT-L-14 with the"
             " weights datacomp_xl_s13b_b90k; models with a CLIP tower of their own, as the"
             " released one, need it for text only."
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, clip_name: str | None) -> str:
+        return _fingerprint(_CLIP_FOLDERS, clip_name)
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
@@ -136,6 +146,16 @@ class InfDiTCLIPLoader(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise(folder, clip_name)
         with _named_errors("Load Inf-DiT CLIP"):
             return io.NodeOutput(PatchedClip(read_clip(path)))
+
+
+def _fingerprint(folders: Sequence[str], name: str | None) -> str:
+    """What changes when the file is replaced, so that a cached model is not taken for the new."""
+    paths = (folder_paths.get_full_path(folder, name) for folder in folders if name is not None)
+    path = next((path for path in paths if path), None)
+    if path is None:
+        return ""
+    status = os.stat(path)
+    return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
 @contextmanager
