@@ -76,6 +76,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
             metadata = read_metadata(image)
             if pixels is None:
                 pixels = _pixels(image)
+        values = _values(_upright(pixels, orientation))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; expected a picture") from None
     except (pillow.DecompressionBombError, MemoryError) as error:
@@ -84,13 +85,9 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     # Pillow's readers raise these for damaged files.
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError(f"{path.name} cannot be read as a picture: {error}") from error
-    pixels = _upright(pixels, orientation)
-    values = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
-    if values.shape[-1] == 2:  # grey with alpha
-        values = values[..., [0, 0, 0, 1]]
     of_rgb = profile is not None and profile[16:20] == b"RGB "
     info = ImageInfo(8 * pixels.dtype.itemsize, profile if of_rgb else None, metadata)
-    return torch.from_numpy(np.ascontiguousarray(values))[None], info
+    return torch.from_numpy(values)[None], info
 
 
 def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
@@ -186,6 +183,14 @@ def _pixels(image: PILImage.Image) -> np.ndarray:
         image = image.convert("RGB")
     pixels = np.array(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _values(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 1, 3 or 4) float32 in 0..1 of unsigned integers."""
+    values = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    if values.shape[-1] == 2:  # grey with alpha
+        values = values[..., [0, 0, 0, 1]]
+    return np.ascontiguousarray(values)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

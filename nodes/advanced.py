@@ -9,6 +9,7 @@ from ..infdit_core.colour_fix import fix_colours
 from ..infdit_core.prepare import Canvas
 from .pictures import (
     check_inputs,
+    check_memory,
     colour_fix_input,
     conditioning_of,
     longest_edge_input,
@@ -73,7 +74,9 @@ class InfDiTConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Inf-DiT Conditioning"
         vectors = check_inputs(node, model, image, guidance)
-        canvas = prepare_canvas(node, model, image, target(image, upscale_by, longest_edge))
+        size = target(image, upscale_by, longest_edge)
+        check_memory(node, model, size, at_once=image.shape[0])
+        canvas = prepare_canvas(node, model, image, size)
         concat, conditioning = conditioning_of(canvas.condition(vectors))
         return io.NodeOutput(conditioning, {"samples": concat}, canvas)
 

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..infdit_core.colour_fix import COLOUR_FIXES
 from ..infdit_core.condition import Condition
+from ..infdit_core.host_memory import require_memory
 from ..infdit_core.prepare import Canvas, PreparationError, check_image, prepare, target_size
 from .comfy_model import CLIP_ATTACHMENT, InfDiTModel
 from .types import require_image
@@ -86,6 +87,16 @@ def _own_guidance(node: str, model, image: torch.Tensor, size: int) -> torch.Ten
             " CLIP tower. Connect Load Inf-DiT CLIP -> Inf-DiT CLIP Guidance to guidance."
         )
     return clip.vector(image)
+
+
+def check_memory(
+    node: str, model, size: tuple[int, int], results: int = 0, at_once: int = 1
+) -> None:
+    """Refuse results of (height, width) pixels that the main memory cannot hold."""
+    try:
+        require_memory(size, model.load_device, results, at_once)
+    except PreparationError as error:
+        raise ValueError(f"{node}: {error}") from error
 
 
 def prepare_canvas(node: str, model, image: torch.Tensor, size: tuple[int, int]) -> Canvas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import comfy.utils
@@ -63,8 +64,14 @@ class SamplingProgress:
         self._steps = max(self._steps, self._steps_done)
         expected = round(self._finished / self._steps_done * self._steps)
         self._evaluations = max(self._evaluations, expected)
-        preview = ("JPEG", preview_image(denoised), _PREVIEW_MAX_PX)
-        self._bar.update_absolute(self._bar.current, None, preview)
+        self._bar.update_absolute(self._bar.current, None, self._preview(denoised))
+
+    def _preview(self, denoised: torch.Tensor) -> tuple[str, Image.Image, int] | None:
+        try:
+            return "JPEG", preview_image(denoised), _PREVIEW_MAX_PX
+        except Exception as error:  # whatever it is, it is not worth hours of work
+            logging.warning("Inf-DiT: no preview: %s", error)
+            return None
 
     def _tell(self, text: str) -> None:
         self._told = time.monotonic()

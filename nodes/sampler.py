@@ -19,6 +19,7 @@ from ..infdit_core.sampling import PRESETS, SOLVERS, Step
 from .comfy_model import PLAN, PROGRESS
 from .pictures import (
     check_inputs,
+    check_memory,
     colour_fix_input,
     conditioning_of,
     longest_edge_input,
@@ -141,6 +142,7 @@ class InfDiTSampler(io.ComfyNode):
         sizes = pass_sizes(
             (image.shape[1], image.shape[2]), target(image, upscale_by, longest_edge)
         )
+        check_memory(node, model, sizes[-1], results=image.shape[0])
         chosen = PRESETS[preset]
         if preset == "exact":
             chosen = chosen._replace(steps=steps)
