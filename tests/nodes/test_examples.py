@@ -1,0 +1,133 @@
+"""The example workflows: complete, of the present schemas, and those that can be run do run."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+from tools.comfy_server import ComfyError, ComfyServer
+from tools.dev import png_size
+from tools.make_workflows import API, EXAMPLES_OF, NOTE
+
+pytestmark = pytest.mark.comfy
+
+EXAMPLES = ROOT / "example_workflows"
+RUNNABLE = {
+    "Upscale a picture": [(40, 32)],
+    "Advanced sampling with KSampler": [(40, 32)],
+    "Before and after": [(2 * 40 + 8, 32)],
+    "Upscale a folder": [(40, 32), (40, 32)],
+}
+"""Examples that the bundled model can run, with the sizes of their pictures for one of 10×8."""
+
+
+def example(title: str) -> dict:
+    return json.loads((EXAMPLES / f"{title}.json").read_text())
+
+
+def widgets_of(info: dict) -> list[str]:
+    """The widgets of a node in the order of their values, as object_info describes it."""
+    names = []
+    for kind in ("required", "optional"):
+        for name in info["input_order"].get(kind, []):
+            spec = info["input"][kind][name]
+            options = spec[1] if len(spec) > 1 else {}
+            basic = isinstance(spec[0], list) or spec[0] in (
+                "INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR",
+            )  # fmt: skip
+            if basic and not options.get("forceInput"):
+                names.append(name)
+                if options.get("control_after_generate"):
+                    names.append("control_after_generate")
+                if options.get("image_upload"):
+                    names.append("upload")
+    return names
+
+
+def test_every_example_has_a_graph_to_test_and_a_thumbnail():
+    assert {path.stem for path in EXAMPLES.glob("*.json")} == set(EXAMPLES_OF)
+    for title, (graph, _) in EXAMPLES_OF.items():
+        assert (API / f"{graph}.json").exists()
+        assert (EXAMPLES / f"{title}.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+
+
+@pytest.mark.parametrize("title", EXAMPLES_OF)
+def test_the_example_is_its_graph_with_complete_links_and_metadata(title):
+    workflow, graph = (
+        example(title),
+        json.loads((API / f"{EXAMPLES_OF[title].graph}.json").read_text()),
+    )
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for link, source, slot, target, target_slot, _ in workflow["links"]:
+        assert link in nodes[source]["outputs"][slot]["links"]
+        assert nodes[target]["inputs"][target_slot]["link"] == link
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    shown = {str(n["id"]): n for n in workflow["nodes"] if n["type"] != NOTE}
+    assert set(shown) == set(graph)
+    for key, node in graph.items():
+        assert shown[key]["type"] == node["class_type"]
+        found = {i["name"]: links[i["link"]] for i in shown[key]["inputs"] if i["link"] is not None}
+        assert found == {k: v for k, v in node["inputs"].items() if isinstance(v, list)}, key
+        own = node["class_type"].startswith(("InfDiT", "HiDiffusion"))
+        properties = shown[key]["properties"]
+        assert properties["cnr_id"] == ("comfyui-infdit" if own else "comfy-core")
+        assert properties["ver"]
+        assert properties["Node name for S&R"] == node["class_type"]
+
+
+@pytest.mark.parametrize("title", EXAMPLES_OF)
+def test_every_widget_has_its_value(comfy_server: ComfyServer, title):
+    graph = json.loads((API / f"{EXAMPLES_OF[title].graph}.json").read_text())
+    for node in example(title)["nodes"]:
+        if node["type"] == NOTE:
+            continue
+        info = comfy_server.object_info(node["type"])[node["type"]]
+        names = widgets_of(info)
+        values = node.get("widgets_values", [])  # absent in a node without widgets
+        assert len(names) == len(values), (node["type"], names, values)
+        inputs = graph[str(node["id"])]["inputs"]
+        for name, value in zip(names, values, strict=True):
+            if name == "control_after_generate":
+                assert value == "fixed"
+            elif name in inputs and name != "image":
+                assert value == inputs[name], (node["type"], name)
+
+
+@pytest.mark.parametrize("title", RUNNABLE)
+def test_the_example_runs(comfy_server: ComfyServer, title, tmp_path):
+    graph = json.loads((API / f"{EXAMPLES_OF[title].graph}.json").read_text())
+    grey = {"width": 10, "height": 8, "batch_size": 1, "color": 0x406080}
+    made = comfy_server.output_files(
+        comfy_server.submit(
+            {
+                "grey": {"class_type": "EmptyImage", "inputs": grey},
+                "save": {
+                    "class_type": "SaveImage",
+                    "inputs": {"images": ["grey", 0], "filename_prefix": "tiny"},
+                },
+            },
+            timeout=60,
+        )
+    )
+    folder = comfy_server.input_dir / "photos"
+    folder.mkdir(exist_ok=True)
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(made[0].read_bytes())
+    for node in graph.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = comfy_server.upload_image(made[0])
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 2
+    files = comfy_server.output_files(comfy_server.submit(graph, timeout=120))
+    saved = [path for path in files if "compare" not in path.name]
+    assert [png_size(path) for path in saved] == RUNNABLE[title]
+
+
+@pytest.mark.parametrize("title", sorted(set(EXAMPLES_OF) - set(RUNNABLE)))
+def test_of_the_others_nothing_is_missing_but_the_models(comfy_server: ComfyServer, title):
+    graph = json.loads((API / f"{EXAMPLES_OF[title].graph}.json").read_text())
+    with pytest.raises(ComfyError) as refusal:
+        comfy_server.submit(graph)
+    complaints = [line for line in str(refusal.value).splitlines() if line.startswith("  ")]
+    assert complaints
+    assert all("ckpt_name" in line or "model_name" in line for line in complaints), complaints
