@@ -8,6 +8,8 @@ where it is grey.
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from dataclasses import dataclass, field
 from glob import escape
 from io import BytesIO
@@ -34,6 +36,9 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 READABLE = frozenset([*_FORMATS, ".bmp", ".gif"])
 """Suffixes of the files that are taken from a folder."""
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError,
+           struct.error, zlib.error)  # fmt: skip
+"""What Pillow's readers raise for damaged files; most were seen when fuzzing."""
 _MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
 _ORIENTATION_TAG = 0x0112
 
@@ -82,8 +87,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     except (pillow.DecompressionBombError, MemoryError) as error:
         reason = str(error) or "not enough memory"
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
-    # Pillow's readers raise these for damaged files.
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _DAMAGE as error:
         raise ImageError(f"{path.name} cannot be read as a picture: {error}") from error
     of_rgb = profile is not None and profile[16:20] == b"RGB "
     info = ImageInfo(8 * pixels.dtype.itemsize, profile if of_rgb else None, metadata)

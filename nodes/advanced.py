@@ -74,7 +74,7 @@ class InfDiTConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "Inf-DiT Conditioning"
         vectors = check_inputs(node, model, image, guidance)
-        size = target(image, upscale_by, longest_edge)
+        size = target(node, image, upscale_by, longest_edge)
         check_memory(node, model, size, at_once=image.shape[0])
         canvas = prepare_canvas(node, model, image, size)
         concat, conditioning = conditioning_of(canvas.condition(vectors))

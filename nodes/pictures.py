@@ -107,10 +107,13 @@ def prepare_canvas(node: str, model, image: torch.Tensor, size: tuple[int, int])
         raise ValueError(f"{node}: {error}") from error
 
 
-def target(image: torch.Tensor, upscale_by: float, longest_edge: int) -> tuple[int, int]:
+def target(node: str, image: torch.Tensor, upscale_by: float, longest_edge: int) -> tuple[int, int]:
     """(height, width) in pixels of the result of pictures (B, H, W, C)."""
     source = image.shape[1], image.shape[2]
-    return target_size(source, longest_edge / max(source) if longest_edge else upscale_by)
+    try:
+        return target_size(source, longest_edge / max(source) if longest_edge else upscale_by)
+    except PreparationError as error:  # NaN passes ComfyUI's check of the range
+        raise ValueError(f"{node}: {error}") from error
 
 
 def picture_output(image: torch.Tensor) -> io.NodeOutput:

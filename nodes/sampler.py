@@ -138,9 +138,11 @@ class InfDiTSampler(io.ComfyNode):
         node = "Inf-DiT Upscale"
         if sigmas is not None:
             _check_sigmas(node, sigmas)
+        if math.isnan(denoise):  # which passes ComfyUI's check of the range
+            raise ValueError(f"{node}: expected denoise in 0..1; got {denoise}")
         vectors = check_inputs(node, model, image, guidance)
         sizes = pass_sizes(
-            (image.shape[1], image.shape[2]), target(image, upscale_by, longest_edge)
+            (image.shape[1], image.shape[2]), target(node, image, upscale_by, longest_edge)
         )
         check_memory(node, model, sizes[-1], results=image.shape[0])
         chosen = PRESETS[preset]

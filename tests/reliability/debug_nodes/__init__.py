@@ -1,0 +1,92 @@
+"""Nodes for the tests alone: inputs that no other node makes, and what the server holds.
+
+A test server gets this folder beside the pack; nothing of it is shipped.
+"""
+
+import gc
+import json
+import os
+import threading
+
+import torch
+
+IMAGES = {
+    "nan": lambda: torch.full((1, 8, 8, 3), float("nan")),
+    "one nan": lambda: torch.zeros(1, 8, 8, 3).index_fill_(1, torch.tensor(3), float("nan")),
+    "infinite": lambda: torch.full((1, 8, 8, 3), float("inf")),
+    "batch 0": lambda: torch.zeros(0, 8, 8, 3),
+    "height 0": lambda: torch.zeros(1, 0, 8, 3),
+    "width 0": lambda: torch.zeros(1, 8, 0, 3),
+    "5-D": lambda: torch.zeros(1, 1, 8, 8, 3),
+    "3-D": lambda: torch.zeros(8, 8, 3),
+    "0-D": lambda: torch.tensor(0.5),
+    "2 channels": lambda: torch.zeros(1, 8, 8, 2),
+    "9 channels": lambda: torch.zeros(1, 8, 8, 9),
+    "integers": lambda: torch.zeros(1, 8, 8, 3, dtype=torch.int64),
+    "complex": lambda: torch.zeros(1, 8, 8, 3, dtype=torch.complex64),
+    "out of range": lambda: torch.full((1, 8, 8, 3), 1e30),
+    "half": lambda: torch.full((1, 8, 8, 3), 0.5, dtype=torch.float16),
+    "one pixel": lambda: torch.zeros(1, 1, 1, 3),
+}
+
+
+class DebugImage:
+    """IMAGE of a kind in `IMAGES`."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "run"
+    CATEGORY = "debug"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"kind": (list(IMAGES),)}}
+
+    def run(self, kind: str) -> tuple:
+        return (IMAGES[kind](),)
+
+
+class DebugSigmas:
+    """SIGMAS as given."""
+
+    RETURN_TYPES = ("SIGMAS",)
+    FUNCTION = "run"
+    CATEGORY = "debug"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"values": ("STRING", {"default": "[]"})}}
+
+    def run(self, values: str) -> tuple:
+        return (torch.tensor(json.loads(values), dtype=torch.float32),)
+
+
+class DebugCounts:
+    """Says what the process holds, after `image` is there."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "run"
+    CATEGORY = "debug"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"image": ("IMAGE",), "tag": ("INT", {"default": 0})}}
+
+    def run(self, image: torch.Tensor, tag: int) -> dict:
+        gc.collect()
+        # A type's own word for it: asking some lazy objects would import things.
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        with open("/proc/self/status") as status:
+            rss = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+        counts = {
+            "tensors": len(tensors),
+            "tensor_mib": sum(storages.values()) / 2**20,
+            "rss_mib": rss / 1024,
+            "files": len(os.listdir("/proc/self/fd")),
+            "threads": threading.active_count(),
+        }
+        return {"ui": {"counts": [counts]}}
+
+
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (DebugImage, DebugSigmas, DebugCounts)}

@@ -1,0 +1,212 @@
+"""Workflows that ask for nonsense over the API of a real server, which is killed once before."""
+
+import itertools
+import json
+import re
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.goldens import TINY, random_tensors
+from tests.reliability.workflows import debug_server, node, pixels, workflow
+from tools.comfy_server import ComfyError, ComfyServer
+
+pytestmark = pytest.mark.comfy
+
+LIMIT_SECONDS = 120
+MAX_SEED = 2**64 - 1
+_seeds = itertools.count(1000)
+
+
+def run(server: ComfyServer, graph: dict) -> list:
+    return server.output_files(server.submit(graph, timeout=LIMIT_SECONDS))
+
+
+@pytest.fixture(scope="module")
+def killed(comfy_source, tmp_path_factory):
+    """A folder that a server left behind when it was killed in the middle of a job, and what it
+    had made of the workflow with the seed 0 before."""
+    base = tmp_path_factory.mktemp("killed")
+    with debug_server(comfy_source, base) as server:
+        (reference,) = run(server, workflow())
+        reference = pixels(reference)
+        server.queue(workflow(seed=1, width=192, height=192))
+        end = time.monotonic() + LIMIT_SECONDS
+        while "Inf-DiT: 768×768 px" not in server.log():  # said before the first evaluation
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert "Prompt executed" not in server.log().split("768×768")[1]
+        server.process.kill()
+        server.process.wait()
+    return base, reference
+
+
+@pytest.fixture(scope="module")
+def server(killed, comfy_source):
+    with debug_server(comfy_source, killed[0]) as server:
+        yield server
+
+
+def test_a_killed_server_leaves_nothing_half_and_goes_on(server: ComfyServer, killed):
+    saved = sorted(server.output_dir.iterdir())
+    assert len(saved) == 1
+    Image.open(saved[0]).load()
+    assert torch.equal(pixels(run(server, workflow())[0]), killed[1])
+
+
+def works(server: ComfyServer) -> None:
+    """The server lives, and the next job runs."""
+    (made,) = run(server, workflow(seed=next(_seeds)))
+    assert pixels(made).shape == (32, 64, 3)
+
+
+def refused(server: ComfyServer, graph: dict) -> str:
+    start = time.monotonic()
+    with pytest.raises(ComfyError) as caught:
+        server.submit(graph, timeout=LIMIT_SECONDS)
+    assert time.monotonic() - start < 30
+    assert "Traceback" not in str(caught.value)
+    return str(caught.value)
+
+
+SMALL, LARGE = "smaller than min", "bigger than max"
+INPUTS = [
+    ("upscale", "upscale_by", 0, SMALL),
+    ("upscale", "upscale_by", 0.999, SMALL),
+    ("upscale", "upscale_by", -1, SMALL),
+    ("upscale", "upscale_by", 100000, LARGE),
+    ("upscale", "upscale_by", float("inf"), LARGE),
+    ("upscale", "upscale_by", float("nan"), "Inf-DiT Upscale: expected a factor above 0, got nan"),
+    ("upscale", "upscale_by", "four", "upscale_by"),
+    ("upscale", "upscale_by", None, "upscale_by"),
+    ("upscale", "steps", 0, SMALL),
+    ("upscale", "steps", 100000, LARGE),
+    ("upscale", "steps", "", "steps"),
+    ("upscale", "seed", -1, SMALL),
+    ("upscale", "seed", MAX_SEED + 1, LARGE),
+    ("upscale", "seed", 10**400, LARGE),
+    ("upscale", "preset", "nonsense", "nonsense"),
+    ("upscale", "preset", {"a": 1}, "preset"),
+    ("upscale", "longest_edge", -1, SMALL),
+    ("upscale", "longest_edge", 100000, LARGE),
+    ("upscale", "denoise", 1.5, LARGE),
+    ("upscale", "denoise", float("nan"), "Inf-DiT Upscale: expected .*denoise"),
+    ("upscale", "colour_fix", "nonsense", "nonsense"),
+    ("upscale", "model", ["image", 0], "mismatch"),
+    ("upscale", "image", ["load", 0], "mismatch"),
+    ("upscale", "image", ["nothing", 0], ""),
+    ("upscale", "image", ["image", 7], ""),
+    ("upscale", "model", "tiny.safetensors", ""),
+    ("load", "model_name", "../../../../etc/passwd", "is not there"),
+    ("load", "model_name", "/etc/passwd", "is not there"),
+    ("load", "model_name", "..\\..\\secret.pt", "is not there"),
+    ("load", "model_name", "", "is not there"),
+    ("load", "model_name", 5, "is not there"),
+    ("load", "weight_dtype", "fp4", "fp4"),
+    ("image", "width", 0, SMALL),
+    ("image", "width", 100000, LARGE),
+    ("image", "batch_size", 0, SMALL),
+]
+
+
+@pytest.mark.parametrize(("where", "name", "value", "message"), INPUTS)
+def test_inputs_out_of_range(server, where, name, value, message):
+    graph = workflow(seed=next(_seeds))
+    graph[where]["inputs"][name] = value
+    said = refused(server, graph)
+    assert re.search(message, said, re.DOTALL), said
+    works(server)
+
+
+EXPECTED_SHAPE = r"Inf-DiT Upscale: expected an image of shape \(batch, height, width"
+FINITE = "Inf-DiT Upscale: expected finite pixels in 0..1, got NaN or infinity"
+IMAGES = {
+    "nan": FINITE,
+    "one nan": FINITE,
+    "infinite": FINITE,
+    "batch 0": EXPECTED_SHAPE,
+    "height 0": EXPECTED_SHAPE,
+    "width 0": EXPECTED_SHAPE,
+    "5-D": EXPECTED_SHAPE,
+    "3-D": EXPECTED_SHAPE,
+    "0-D": EXPECTED_SHAPE,
+    "2 channels": EXPECTED_SHAPE,
+    "9 channels": EXPECTED_SHAPE,
+    "integers": "Inf-DiT Upscale: expected floating point pixels",
+    "complex": "Inf-DiT Upscale: expected floating point pixels",
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_that_are_none(server, kind):
+    graph = workflow(seed=next(_seeds)) | {"image": node("DebugImage", kind=kind)}
+    assert re.search(IMAGES[kind], refused(server, graph))
+    works(server)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("one pixel", (4, 4)), ("out of range", (32, 32)), ("half", (32, 32))]
+)
+def test_images_that_are_odd_but_right(server, kind, size):
+    graph = workflow(seed=next(_seeds)) | {"image": node("DebugImage", kind=kind)}
+    (made,) = run(server, graph)
+    assert tuple(pixels(made).shape) == (*size, 3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], [1.0], [0.0, 10.0, 40.0], [40.0, 10.0, 10.0, 0.0], [40.0, float("nan"), 0.0],
+     [float("inf"), 1.0, 0.0], [40.0, 1.0], [40.0, -1.0], [[40.0, 0.0]], 40.0],
+)  # fmt: skip
+def test_sigmas_that_do_not_fall_to_zero(server, values):
+    graph = workflow(seed=next(_seeds)) | {"sigmas": node("DebugSigmas", values=json.dumps(values))}
+    graph["upscale"]["inputs"]["sigmas"] = ["sigmas", 0]
+    assert "Inf-DiT Upscale: expected sigmas that" in refused(server, graph)
+    works(server)
+
+
+@pytest.mark.parametrize("seed", [0, MAX_SEED])
+def test_seeds_at_both_ends(server, seed):
+    first, again = (pixels(run(server, workflow(seed, width=w))[0]) for w in (17, 17))
+    assert first.shape == (32, 68, 3)
+    assert torch.equal(first, again)
+
+
+def test_a_model_file_replaced_or_deleted_between_runs(server: ComfyServer):
+    """The cached model of the old file must not be taken for the new one."""
+    from safetensors.torch import save_file
+
+    path = server.models_dir / "infdit" / "changing.safetensors"
+    graph = workflow(seed=5, model="changing")
+    made = []
+    for seed in (0, 1, 0):
+        save_file(random_tensors(TINY, seed), path)
+        (picture,) = run(server, graph)
+        made.append(pixels(picture))
+        assert "result" in picture.name
+    assert not torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    path.write_bytes(b"\x08" + bytes(7) + b"{}      ")
+    assert "changing.safetensors" in refused(server, graph)
+    path.unlink()
+    assert "'changing.safetensors' is not there" in refused(server, graph)
+    works(server)
+
+
+def test_two_clients_at_once(server: ComfyServer):
+    """Jobs of two queues run one after the other; each gets its own pictures."""
+    graphs = [workflow(seed=n, model=m, width=w) for n, m, w in
+              ((1, "tiny", 16), (2, "other", 20), (3, "tiny", 16), (4, "other", 20))]  # fmt: skip
+    prompts = [server.queue(graph, f"client {n % 2}") for n, graph in enumerate(graphs)]
+    sizes = []
+    for prompt in prompts:
+        (made,) = server.output_files(server.wait(prompt, timeout=LIMIT_SECONDS))
+        sizes.append(pixels(made).shape[1])
+    assert sizes == [64, 80, 64, 80]
+
+
+def test_the_server_never_fell_over(server: ComfyServer):
+    assert server.process.poll() is None
+    assert "IMPORT FAILED" not in server.log()
