@@ -13,11 +13,14 @@ import json
 import re
 import sys
 import uuid
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.browser import CHECKPOINT, EXAMPLES, ROOT, interface
 
+SUBGRAPHS = ROOT / "subgraphs"
+BLUEPRINT = "Inf-DiT 4x"
 API = ROOT / "tests" / "workflows"
 SDXL_URL = (
     "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + CHECKPOINT
@@ -89,8 +92,13 @@ EXAMPLES_OF = {
 
 
 def main() -> None:
-    titles = sys.argv[1:] or list(EXAMPLES_OF)
+    titles = sys.argv[1:] or [*EXAMPLES_OF, BLUEPRINT]
     with interface() as (_, page):
+        if BLUEPRINT in titles:
+            titles.remove(BLUEPRINT)
+            graph = json.loads((API / "upscale_picture.json").read_text())
+            SUBGRAPHS.mkdir(exist_ok=True)
+            write(SUBGRAPHS / f"{BLUEPRINT}.json", BLUEPRINT, blueprint(page, graph))
         for title in titles:
             example = EXAMPLES_OF[title]
             graph = json.loads((API / f"{example.graph}.json").read_text())
@@ -105,6 +113,23 @@ def main() -> None:
             positions = layout(graph, {k: size[1] for k, size in sizes.items()})
             saved = page.evaluate(_PLACE, [positions, note_place(positions, example.note)])
             write(EXAMPLES / f"{title}.json", title, saved)
+
+
+def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
+    """The loader and the upscaler of a graph as one node, as the interface would publish it."""
+    page.evaluate("graph => app.loadApiJson(graph, 'blueprint')", graph)
+    page.wait_for_timeout(2000)
+    return page.evaluate(
+        """([name, prefix]) => {
+          const own = app.graph._nodes.filter(n => n.type.startsWith(prefix));
+          const { node } = app.graph.convertToSubgraph(new Set(own));
+          node.title = node.subgraph.name = name;
+          for (const other of [...app.graph._nodes]) if (other !== node) app.graph.remove(other);
+          node.pos = [0, 0];
+          return app.graph.serialize();
+        }""",
+        [BLUEPRINT, OWN_PREFIXES[0]],
+    )
 
 
 def layout(graph: dict[str, Any], heights: dict[str, float]) -> dict[str, list[float]]:
@@ -167,10 +192,11 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
     found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     version = found[1] if found else ""
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, title))  # the same in every run
-    for node in workflow["nodes"]:
+    inner = [g["nodes"] for g in workflow.get("definitions", {}).get("subgraphs", [])]
+    for node in chain(workflow["nodes"], *inner):
         own = node["type"].startswith(OWN_PREFIXES)
         node["pos"], node["size"] = ([round(v) for v in node[k]] for k in ("pos", "size"))
-        if node["type"] == NOTE:
+        if node["type"] == NOTE or "-" in node["type"]:  # a subgraph's type is its UUID
             node["properties"] = {}
             continue
         node["properties"] = {

@@ -1,13 +1,14 @@
 """The example workflows: complete, of the present schemas, and those that can be run do run."""
 
 import json
+import urllib.request
 
 import pytest
 
 from tests.conftest import ROOT
 from tools.comfy_server import ComfyError, ComfyServer
 from tools.dev import png_size
-from tools.make_workflows import API, EXAMPLES_OF, NOTE
+from tools.make_workflows import API, BLUEPRINT, EXAMPLES_OF, NOTE, SUBGRAPHS
 
 pytestmark = pytest.mark.comfy
 
@@ -131,3 +132,21 @@ def test_of_the_others_nothing_is_missing_but_the_models(comfy_server: ComfyServ
     complaints = [line for line in str(refusal.value).splitlines() if line.startswith("  ")]
     assert complaints
     assert all("ckpt_name" in line or "model_name" in line for line in complaints), complaints
+
+
+def test_the_blueprint_is_served_and_whole(comfy_server: ComfyServer):
+    with urllib.request.urlopen(f"{comfy_server.url}/global_subgraphs", timeout=30) as answer:
+        served = json.load(answer).values()
+    assert [entry["source"] for entry in served if entry["name"] == BLUEPRINT] == ["custom_node"]
+    workflow = json.loads((SUBGRAPHS / f"{BLUEPRINT}.json").read_text())
+    (subgraph,) = workflow["definitions"]["subgraphs"]
+    assert [node["type"] for node in workflow["nodes"]] == [subgraph["id"]]
+    assert subgraph["name"] == BLUEPRINT
+    kinds = {node["id"]: node["type"] for node in subgraph["nodes"]}
+    assert sorted(kinds.values()) == ["InfDiTCheckpointLoader", "InfDiTSampler"]
+    between = {(link["origin_id"], link["target_id"], link["type"]) for link in subgraph["links"]}
+    loader, upscale = sorted(kinds, key=lambda i: kinds[i])
+    outside_in, outside_out = subgraph["inputNode"]["id"], subgraph["outputNode"]["id"]
+    assert between >= {
+        (loader, upscale, "MODEL"), (outside_in, upscale, "IMAGE"), (upscale, outside_out, "IMAGE"),
+    }  # fmt: skip
