@@ -166,9 +166,7 @@ def sample(
     lr_kv = model.lr_keys_values(cond.lr.to(weight)) if schedule.keep_lr else None
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        return model.denoise(
-            x, sigma, cond, schedule, lr_kv=lr_kv, progress=progress, cache=cache
-        )
+        return model.denoise(x, sigma, cond, schedule, lr_kv=lr_kv, progress=progress, cache=cache)
 
     x = concat + levels[0] * noise.to(concat)
     return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))
