@@ -1,10 +1,10 @@
-"""Look at the pack in the real interface: python -m tools.screenshot [--only TITLE]
+"""Look at the pack in the real interface: python -m tools.screenshot [--only TITLE] [--nodes]
 
 Opens every example workflow in headless Chromium, fails on a missing node, a missing link or a
-console error of ours, runs "Upscale a picture" until its picture stands in Save Image, and writes
-docs/templates.png, docs/interface.png and the thumbnails: before and after for the examples that
-the bundled model can run, the graph for the others. Set INFDIT_COMFYUI to a ComfyUI's source
-folder.
+console error of ours, and runs "Upscale a picture" until its picture stands in Save Image. Writes
+docs/templates.png, docs/interface.png, the nodes of the help pages, and the thumbnails: before and
+after for the examples that the bundled model can run, the graph for the others. Set INFDIT_COMFYUI
+to a ComfyUI's source folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from PIL import Image
 from tools.browser import EXAMPLES, PICTURE, ROOT, fit_view, interface
 
 DOCS = ROOT / "docs"
+HELP = ROOT / "web" / "docs"
 RUN = "Upscale a picture"
 PICTURES = {RUN, "Upscale a folder", "Advanced sampling with KSampler", "Before and after"}
 THUMBNAIL = 768
@@ -29,13 +30,17 @@ _RUN_MS = 600_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="one example, and nothing else")
+    parser.add_argument("--nodes", action="store_true", help="the nodes, and nothing else")
     args = parser.parse_args()
     DOCS.mkdir(exist_ok=True)
     errors: list[str] = []
     with interface() as (server, page):
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        paths = sorted(EXAMPLES.glob("*.json"))
+        if not args.only:
+            for help_page in sorted(HELP.glob("InfDiT*.md")):
+                node(page, help_page.stem)
+        paths = [] if args.nodes else sorted(EXAMPLES.glob("*.json"))
         for path in paths if not args.only else [EXAMPLES / f"{args.only}.json"]:
             show(page, path)
             if path.stem in PICTURES:
@@ -43,7 +48,7 @@ def main() -> None:
                 before_after(server.input_dir.parent / "output", path.with_suffix(".jpg"))
             else:
                 canvas(page, path.with_suffix(".jpg"))
-        if not args.only:
+        if not args.only and not args.nodes:
             show(page, EXAMPLES / f"{RUN}.json")
             queue(page)
             page.screenshot(path=DOCS / "interface.png")
@@ -76,6 +81,35 @@ def show(page: Any, path: Path) -> None:
     if found["overlaps"]:
         raise SystemExit(f"{path.name}: nodes over each other: {found['overlaps']}")
     fit_view(page)
+
+
+def node(page: Any, kind: str) -> None:
+    """A picture of a node for its help page."""
+    box = page.evaluate(
+        """kind => {
+          app.graph.clear();
+          const node = LiteGraph.createNode(kind);
+          node.pos = [0, 0];
+          app.graph.add(node);
+          node.size = [360, node.computeSize()[1]];
+          app.canvas.ds.scale = 1.25;
+          app.canvas.ds.offset = [200, 200];
+          app.canvas.setDirty(true, true);
+          return [node.size[0], node.size[1]];
+        }""",
+        kind,
+    )
+    page.wait_for_timeout(1200)
+    x, y, margin = 250, 250, 12
+    width, height, title = (round(1.25 * n) for n in (*box, 30))
+    clip = {
+        "x": x - margin,
+        "y": y - title - 1,
+        "width": width + 2 * margin,
+        "height": height + title + margin,
+    }
+    shot = Image.open(io.BytesIO(page.screenshot(clip=clip)))
+    shot.convert("RGB").quantize(64).save(HELP / f"{kind}.png", optimize=True)
 
 
 def canvas(page: Any, path: Path) -> None:
