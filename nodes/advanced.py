@@ -18,13 +18,14 @@ from .pictures import (
     prepare_canvas,
     target,
 )
+from .schema_compat import schema
 from .types import CATEGORY, CanvasType, Guidance
 
 
 class InfDiTConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InfDiTConditioning",
             display_name="Inf-DiT Conditioning",
             category=CATEGORY,
@@ -84,7 +85,7 @@ class InfDiTConditioning(io.ComfyNode):
 class InfDiTDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InfDiTDecode",
             display_name="Inf-DiT Decode",
             category=CATEGORY,

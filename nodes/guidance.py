@@ -7,13 +7,14 @@ from comfy_api.latest import io
 
 from ..infdit_core.guidance import GuidanceError
 from .clip import PatchedClip
+from .schema_compat import schema
 from .types import CATEGORY, Clip, Guidance, require_image
 
 
 class InfDiTGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InfDiTGuidance",
             display_name="Inf-DiT CLIP Guidance",
             category=CATEGORY,

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 
 from .hidiffusion_patch import KEY, Mode, Patch
 from .hidiffusion_schedule import SD15, SDXL, SDXL_TURBO, Family, Ratios
+from .schema_compat import schema
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ _PRESETS = {family.name: family for family in (SDXL, SDXL_TURBO, SD15)}
 class HiDiffusion(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="HiDiffusion",
             display_name="HiDiffusion",
             category="model/patch/unet",

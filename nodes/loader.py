@@ -19,6 +19,7 @@ from ..infdit_core.checkpoint import (
 from ..infdit_core.guidance import GuidanceError, read_clip
 from .clip import PatchedClip
 from .comfy_model import CLIP_ATTACHMENT, load_patcher
+from .schema_compat import schema
 from .types import CATEGORY, Clip
 
 _FOLDER = "infdit"
@@ -37,7 +38,7 @@ folder_paths.folder_names_and_paths[_FOLDER][1].update(_EXTENSIONS)
 class InfDiTCheckpointLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InfDiTCheckpointLoader",
             display_name="Load Inf-DiT Checkpoint",
             category=CATEGORY,
@@ -100,7 +101,7 @@ class InfDiTCLIPLoader(io.ComfyNode):
         names = {
             name for folder in _CLIP_FOLDERS for name in folder_paths.get_filename_list(folder)
         }
-        return io.Schema(
+        return schema(
             node_id="InfDiTCLIPLoader",
             display_name="Load Inf-DiT CLIP",
             category=CATEGORY,

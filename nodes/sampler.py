@@ -29,6 +29,7 @@ from .pictures import (
     target,
 )
 from .progress import SamplingProgress
+from .schema_compat import schema
 from .types import CATEGORY, Guidance
 
 _MAX_SEED = 2**64 - 1
@@ -37,7 +38,7 @@ _MAX_SEED = 2**64 - 1
 class InfDiTSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InfDiTSampler",
             display_name="Inf-DiT Upscale",
             category=CATEGORY,

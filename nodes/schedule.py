@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..infdit_core.schedule import BlockMajor, Full, LayerMajor
 from .comfy_model import MEMORY, REUSE_LAYERS, SCHEDULE, InfDiTModel
+from .schema_compat import schema
 from .types import CATEGORY
 
 _AUTO, _FULL, _BLOCKS, _LAYERS = "auto", "whole picture", "block by block", "layer by layer"
@@ -14,7 +15,7 @@ _AUTO, _FULL, _BLOCKS, _LAYERS = "auto", "whole picture", "block by block", "lay
 class InfDiTSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InfDiTSchedule",
             display_name="Inf-DiT Schedule",
             category=CATEGORY,
