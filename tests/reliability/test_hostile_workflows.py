@@ -207,6 +207,34 @@ def test_two_clients_at_once(server: ComfyServer):
     assert sizes == [64, 80, 64, 80]
 
 
+def counts(server: ComfyServer) -> dict:
+    """What the server's process holds after the same job as ever."""
+    graph = workflow(seed=0)
+    graph["counts"] = node("DebugCounts", image=["upscale", 0], tag=next(_seeds))
+    return server.submit(graph, timeout=LIMIT_SECONDS)["counts"]["counts"][0]
+
+
+def test_jobs_leave_nothing_behind(server: ComfyServer):
+    """In short what tools/soak.py does at length."""
+    counts(server)
+    before = counts(server)
+    for width, model in ((20, "other"), (12, "tiny"), (40, "other")):
+        run(server, workflow(next(_seeds), model, width))
+    refused(server, workflow(next(_seeds)) | {"image": node("DebugImage", kind="nan")})
+    after = counts(server)
+    assert after["tensors"] <= before["tensors"]
+    assert after["tensor_mib"] <= before["tensor_mib"]
+    assert after["files"] <= before["files"] + 1
+
+
+def test_a_batch_of_64(server: ComfyServer):
+    made = run(server, workflow(next(_seeds), width=9, height=7, batch=64))
+    assert len(made) == 64
+    pictures = torch.stack([pixels(path) for path in made])
+    assert pictures.shape == (64, 28, 36, 3)
+    assert torch.equal(pictures, pictures[:1].expand_as(pictures))  # one seed, one picture
+
+
 def test_the_server_never_fell_over(server: ComfyServer):
     assert server.process.poll() is None
     assert "IMPORT FAILED" not in server.log()
