@@ -60,6 +60,24 @@ def comfy_source() -> Path:
     pytest.skip(reason)
 
 
+def load_pack(package: str) -> tuple[ModuleType, dict[str, Any]]:
+    """This pack under the name `package`, as ComfyUI loads it, and its node classes by id."""
+    spec = importlib.util.spec_from_file_location(
+        package, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    pack = sys.modules[package] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+
+    async def node_list() -> list[Any]:
+        extension = await pack.comfy_entrypoint()
+        await extension.on_load()
+        return await extension.get_node_list()
+
+    return pack, {node.define_schema().node_id: node for node in asyncio.run(node_list())}
+
+
 @pytest.fixture(scope="session")
 def comfy(comfy_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy:
     """ComfyUI's modules importable and on the CPU, this pack loaded as ComfyUI loads it."""
@@ -72,20 +90,7 @@ def comfy(comfy_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy
     arguments.base_directory = str(base)
     importlib.import_module("nodes")
 
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    pack = sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pack)
-
-    async def node_list() -> list[Any]:
-        extension = await pack.comfy_entrypoint()
-        await extension.on_load()
-        return await extension.get_node_list()
-
-    nodes = {node.define_schema().node_id: node for node in asyncio.run(node_list())}
+    pack, nodes = load_pack(PACKAGE)
     return Comfy(pack, nodes, base / "models")
 
 
