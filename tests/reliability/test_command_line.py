@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -225,29 +226,36 @@ def test_16_bits_need_a_format_that_has_them(folder, upscale, tmp_path, capsys):
 # A full disk
 
 
-@pytest.fixture
-def small_files(monkeypatch):
-    """The system refuses to write more than 500 bytes into a file, as a full disk would."""
+@contextmanager
+def small_files():
+    """The system refuses to write more than 500 bytes into a file, as a full disk would.
+
+    Not a fixture: pytest's own output, which may go to a file, comes while fixtures are set up.
+    """
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "webp", "jpg"])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_disk_that_takes_no_more(small_files, tmp_path, kind, bits):
+def test_a_disk_that_takes_no_more(tmp_path, kind, bits):
     if bits == 16 and kind in ("webp", "jpg"):
         pytest.skip("8 bits only")
     (tmp_path / f"a.{kind}").write_bytes(b"old")
-    with pytest.raises(image_io.ImageError, match=rf"a\.{kind} cannot be written: "):
+    error = pytest.raises(image_io.ImageError, match=rf"a\.{kind} cannot be written: ")
+    with error, small_files():
         image_io.write_image(tmp_path / f"a.{kind}", torch.rand(1, 40, 40, 3), bit_depth=bits)
     assert content(tmp_path) == {f"a.{kind}": b"old"}
 
 
-def test_a_conversion_on_a_disk_that_takes_no_more(small_files, model, tmp_path):
-    with pytest.raises(ValueError, match=r"b\.safetensors cannot be written: .*File too large"):
+def test_a_conversion_on_a_disk_that_takes_no_more(model, tmp_path):
+    error = pytest.raises(ValueError, match=r"b\.safetensors cannot be written: .*File too large")
+    with error, small_files():
         convert(model, tmp_path / "b.safetensors")
     assert os.listdir(tmp_path) == []
 
