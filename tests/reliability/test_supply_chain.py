@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 STANDARD = {
     "__future__", "argparse", "codecs", "collections", "contextlib", "copy", "dataclasses", "enum",
-    "errno", "functools", "glob", "hashlib", "io", "itertools", "json", "logging", "math", "mmap",
-    "os", "pathlib", "pickletools", "re", "shutil", "struct", "sys", "time", "types", "typing",
-    "weakref", "zipfile", "zlib",
+    "errno", "functools", "glob", "hashlib", "inspect", "io", "itertools", "json", "logging",
+    "math", "mmap", "os", "pathlib", "pickletools", "re", "shutil", "struct", "sys", "time",
+    "types", "typing", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 """Of Python's library: nothing that connects, starts a process, loads a pickle or other code."""
 PACKAGES = {"PIL", "einops", "numpy", "open_clip", "psutil", "safetensors", "torch", "tqdm"}
@@ -100,7 +100,7 @@ def test_imports_are_those_on_the_list(sources):
             for module in modules:
                 imported.setdefault(module.split(".")[0], set()).add(name)
     foreign = {m: names for m, names in imported.items() if m not in STANDARD | PACKAGES | COMFYUI}
-    assert not foreign
+    assert not foreign, "what neither connects nor runs other code may be added to STANDARD"
     assert not {n for m in COMFYUI for n in imported.get(m, ()) if n.startswith("infdit_core/")}
 
 
