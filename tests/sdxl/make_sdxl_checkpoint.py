@@ -1,7 +1,7 @@
 """A checkpoint with every key and shape of the SDXL base model and random weights, 6.9 GB.
 
-For the tests of the whole chain, where what the picture shows does not matter. Run with ComfyUI's
-folder in PYTHONPATH: `python -m tests.sdxl.make_sdxl_checkpoint TARGET.safetensors`.
+For the tests of the whole chain, where what the picture shows does not matter. By hand, with
+ComfyUI's folder in PYTHONPATH: `python tests/sdxl/make_sdxl_checkpoint.py TARGET.safetensors`.
 """
 
 from __future__ import annotations
