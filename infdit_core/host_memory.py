@@ -39,12 +39,22 @@ def require_memory(
     on_cpu = torch.device(device).type == "cpu"
     working = 1 + SAMPLER_PICTURES if on_cpu else _PREPARED_PICTURES
     needed = math.prod(size) * _PICTURE_BYTES_PER_PX * (results + at_once * working)
+    many = f"{results} pictures of " if results > 1 else ""
+    what = f"{many}{size[1]}×{size[0]} px"
+    require_bytes(needed, what, "a smaller result or fewer pictures at a time")
+
+
+def require_bytes(needed: float, what: str, expected: str) -> None:
+    """Refuse `what` where it needs more bytes of main memory than there are.
+
+    Raises:
+        PreparationError: says `what` was asked for and what was `expected` instead.
+    """
     free = available_bytes()
     if needed > free:
-        many = f"{results} pictures of " if results > 1 else ""
         raise PreparationError(
-            f"{many}{size[1]}×{size[0]} px need at least {gigabytes(needed)} of main memory;"
-            f" {gigabytes(free)} are free. Expected a smaller result or fewer pictures at a time"
+            f"{what} need at least {gigabytes(needed)} of main memory; {gigabytes(free)} are free."
+            f" Expected {expected}"
         )
 
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from . import png16, tiff
+from .host_memory import require_bytes
 from .metadata import Metadata, png_texts, read_metadata, save_options
+from .prepare import PreparationError
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -36,6 +38,8 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 READABLE = frozenset([*_FORMATS, ".bmp", ".gif"])
 """Suffixes of the files that are taken from a folder."""
+_READ_BY_PILLOW = ("PNG", "WEBP", "TIFF", "JPEG", "BMP", "GIF")
+"""Whatever a file's name says. Not its other formats, of which EPS starts another program."""
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError,
            struct.error, zlib.error)  # fmt: skip
 """What Pillow's readers raise for damaged files; most were seen when fuzzing."""
@@ -61,20 +65,23 @@ class ImageInfo:
 def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     """Read a picture, turned upright by its EXIF orientation; of an animation the first frame.
 
-    Palette pictures become RGB, transparent ones RGBA, CMYK becomes RGB.
+    Palette pictures become RGB, transparent ones RGBA, CMYK becomes RGB. The formats are those of
+    `READABLE`, found by the file's content.
 
     Returns:
         (1, H, W, C) float32 in 0..1, C = 1 (grey), 3 or 4, and what is known about it.
 
     Raises:
-        ImageError: no such file, no picture, a damaged one, or a pixel format of more than 16 bits.
+        ImageError: no such file, no picture, a damaged one, one that does not fit the memory, or a
+            pixel format of more than 16 bits.
     """
     path = Path(path)
     pillow = _pillow()
     try:
-        with path.open("rb") as file:
-            pixels = png16.read(file)
-        with pillow.open(path) as image:
+        with pillow.open(path, formats=_READ_BY_PILLOW) as image:
+            _require_memory(image)
+            with path.open("rb") as file:
+                pixels = png16.read(file)
             image.load()
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             profile = image.info.get("icc_profile")
@@ -84,7 +91,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
         values = _values(_upright(pixels, orientation))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; expected a picture") from None
-    except (pillow.DecompressionBombError, MemoryError) as error:
+    except (pillow.DecompressionBombError, PreparationError, MemoryError) as error:
         reason = str(error) or "not enough memory"
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
     except _DAMAGE as error:
@@ -171,6 +178,13 @@ def write_image(
         raise ImageError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _require_memory(image: PILImage.Image) -> None:
+    """Refuse a picture whose pixels as float32 cannot fit, before any of them is decoded."""
+    width, height = image.size
+    needed = width * height * len(image.getbands()) * np.dtype(np.float32).itemsize
+    require_bytes(needed, f"{width}×{height} px", "a smaller picture")
 
 
 def _pixels(image: PILImage.Image) -> np.ndarray:

@@ -18,6 +18,8 @@ _CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type
 _COLOUR_TYPES = {channels: colour for colour, channels in _CHANNELS.items()}
 _UP = 2  # filter: difference to the row above
 _MAX_PIXELS = 2**31
+_MAX_SIDE = 2**16
+"""In pixels: the time it takes to undo the filters grows with the longer side."""
 
 
 def read(file: BinaryIO) -> np.ndarray | None:
@@ -40,6 +42,8 @@ def read(file: BinaryIO) -> np.ndarray | None:
         return None
     if not 0 < width * height <= _MAX_PIXELS:
         raise ValueError(f"expected 1 to {_MAX_PIXELS} pixels, got {width}×{height}")
+    if max(width, height) > _MAX_SIDE:
+        raise ValueError(f"expected sides of at most {_MAX_SIDE} pixels, got {width}×{height}")
     compressed = bytearray()
     while kind != b"IEND":
         kind, data = _read_chunk(file)

@@ -1,7 +1,7 @@
-"""Files that nobody should be able to do harm with, made from whole ones by chance.
+"""Checkpoints that nobody should be able to do harm with, made from whole ones by chance.
 
-`checkpoint(random)` and `picture(random)` return what was done and the bytes. The same `Random`
-gives the same file, so an input is named by its seed.
+`checkpoint(random)` returns what was done and the bytes. The same `Random` gives the same file, so
+an input is named by its seed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from random import Random
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save
 
 from infdit_core.config import InfDiTConfig
@@ -122,11 +120,12 @@ def _data() -> bytes:
     return whole[8 + int.from_bytes(whole[:8], "little") :]
 
 
-def _truncated(random: Random, whole: bytes) -> bytes:
+def truncated(random: Random, whole: bytes) -> bytes:
+    """The beginning of a file."""
     return whole[: random.randrange(len(whole))]
 
 
-def _flipped(random: Random, whole: bytes) -> bytes:
+def flipped(random: Random, whole: bytes) -> bytes:
     """Some bits, mostly near the ends, where the formats keep what they know."""
     data = bytearray(whole)
     for _ in range(random.choice((1, 1, 2, 8, 64))):
@@ -136,7 +135,7 @@ def _flipped(random: Random, whole: bytes) -> bytes:
     return bytes(data)
 
 
-def _spliced(random: Random, whole: bytes) -> bytes:
+def spliced(random: Random, whole: bytes) -> bytes:
     """A run cut out, doubled, or replaced by noise."""
     start = random.randrange(len(whole))
     end = min(len(whole), start + random.choice((1, 4, 30, 500)))
@@ -190,7 +189,7 @@ def _safetensors_frame(random: Random) -> bytes:
             return with_header(b"[" * DEEP + b"]" * DEEP)
         case 2:
             return with_header(b'{"a":' * DEEP + b"1" + b"}" * DEEP)
-    return with_header(_flipped(random, text))
+    return with_header(flipped(random, text))
 
 
 def _program(random: Random) -> bytes:
@@ -284,16 +283,16 @@ def _bomb(random: Random) -> bytes:
 
 
 _CHECKPOINTS: dict[str, Callable[[Random], bytes]] = {
-    "safetensors truncated": lambda r: _truncated(r, whole_safetensors()),
-    "safetensors flipped": lambda r: _flipped(r, whole_safetensors()),
-    "safetensors spliced": lambda r: _spliced(r, whole_safetensors()),
+    "safetensors truncated": lambda r: truncated(r, whole_safetensors()),
+    "safetensors flipped": lambda r: flipped(r, whole_safetensors()),
+    "safetensors spliced": lambda r: spliced(r, whole_safetensors()),
     "safetensors header": _safetensors_header,
     "safetensors frame": _safetensors_frame,
-    "pt truncated": lambda r: _truncated(r, whole_pt()),
-    "pt flipped": lambda r: _flipped(r, whole_pt()),
-    "pt spliced": lambda r: _spliced(r, whole_pt()),
-    "pt pickle flipped": lambda r: with_pickle(_flipped(r, original_pickle())),
-    "pt pickle spliced": lambda r: with_pickle(_spliced(r, original_pickle())),
+    "pt truncated": lambda r: truncated(r, whole_pt()),
+    "pt flipped": lambda r: flipped(r, whole_pt()),
+    "pt spliced": lambda r: spliced(r, whole_pt()),
+    "pt pickle flipped": lambda r: with_pickle(flipped(r, original_pickle())),
+    "pt pickle spliced": lambda r: with_pickle(spliced(r, original_pickle())),
     "pt program": _program,
     "pt call": _call,
     "pt geometry": _geometry,
@@ -309,30 +308,3 @@ def checkpoint(random: Random) -> tuple[str, bytes]:
     """What was done to a checkpoint, and the file."""
     kind = random.choice(list(_CHECKPOINTS))
     return kind, _CHECKPOINTS[kind](random)
-
-
-@cache
-def _pictures() -> dict[str, bytes]:
-    from infdit_core import png16
-
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
-    made = {}
-    kinds = "PNG RGBA, PNG P, TIFF RGB, TIFF CMYK, JPEG RGB, WEBP RGBA, BMP RGB, GIF P"
-    for kind, mode in (name.split() for name in kinds.split(", ")):
-        buffer = io.BytesIO()
-        compression = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {}
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        picture = Image.fromarray(pixels).convert("RGB").convert(mode)
-        picture.save(buffer, kind, exif=exif, icc_profile=bytes(200), **compression)
-        made[f"{kind} {mode}"] = buffer.getvalue()
-    buffer = io.BytesIO()
-    png16.write(buffer, pixels.astype(np.uint16) * 257)
-    return made | {"PNG 16": buffer.getvalue()}
-
-
-def picture(random: Random) -> tuple[str, bytes]:
-    """What was done to a picture, and the file."""
-    kind = random.choice(list(_pictures()))
-    how = random.choice((_truncated, _flipped, _spliced))
-    return f"{kind}{how.__name__.replace('_', ' ')}", how(random, _pictures()[kind])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infdit_core.checkpoint import CheckpointError, open_checkpoint
 from infdit_core.image_io import ImageError, read_image
-from tests.reliability import fuzz, hostile
+from tests.reliability import fuzz, hostile, hostile_pictures
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's"),
@@ -75,9 +75,9 @@ def test_any_bytes_as_a_pickle(folder, data):
 @given(seed=st.integers(0, 2**32))
 def test_any_damage_to_a_picture(folder, seed):
     path = folder / "input"
-    path.write_bytes(hostile.picture(Random(seed))[1])
+    path.write_bytes(hostile_pictures.picture(Random(seed))[1])
     with fuzz.bounded_memory():
-        fuzz.attempt(read_image, path, ImageError)
+        fuzz.attempt(read_image, path, ImageError, fuzz.PICTURE_SECONDS)
     assert os.listdir(folder) == ["input"]
 
 

@@ -1,0 +1,119 @@
+"""Pictures that nobody should be able to do harm with, made as in `hostile`."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from functools import cache
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from infdit_core import png16
+from tests.reliability.hostile import flipped, spliced, truncated
+
+NUMBERS = (0, 1, 2, 255, 3000, 16383, 65535, 2**17, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1)
+BOMB_BYTES = 50_000_000
+
+
+@cache
+def pictures() -> dict[str, bytes]:
+    """Whole files of every kind that is read, each with an orientation and a profile."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    made = {}
+    kinds = "PNG RGBA, PNG P, TIFF RGB, TIFF CMYK, JPEG RGB, WEBP RGBA, BMP RGB, GIF P"
+    for kind, mode in (name.split() for name in kinds.split(", ")):
+        buffer = io.BytesIO()
+        compression = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {}
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture = Image.fromarray(pixels).convert("RGB").convert(mode)
+        picture.save(buffer, kind, exif=exif, icc_profile=bytes(200), **compression)
+        made[f"{kind} {mode}"] = buffer.getvalue()
+    buffer = io.BytesIO()
+    png16.write(buffer, pixels.astype(np.uint16) * 257)
+    return made | {"PNG 16": buffer.getvalue()}
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG file, with a right checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+
+
+def _numbers(data: bytes) -> list[tuple[int, str]]:
+    """Where a file says how large it is and where its parts lie, and how as in `struct`."""
+    if data.startswith(b"GIF"):
+        frame = data.index(b"\x2c")
+        return [(at, "<H") for at in (6, 8, frame + 1, frame + 3, frame + 5, frame + 7)]
+    if data.startswith(b"BM"):
+        return [(at, "<I") for at in (2, 10, 14, 18, 22, 28, 30, 34, 46)]
+    if data.startswith(b"RIFF"):
+        frame = data.index(b"VP8 ")
+        extended = [(4, "<I"), (16, "<I"), (24, "<H"), (27, "<H")]
+        return [*extended, (frame + 4, "<I"), (frame + 14, "<H"), (frame + 16, "<H")]
+    if data.startswith(b"\xff\xd8"):
+        frame = data.index(b"\xff\xc0")
+        return [(frame + at, ">H") for at in (2, 5, 7)]
+    (directory,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, directory)
+    entries = range(directory + 2, directory + 2 + 12 * count, 12)
+    return [(4, "<I"), *((at + part, "<I") for at in entries for part in (4, 8))]
+
+
+def misnumbered(random: Random, whole: bytes) -> bytes:
+    """Sizes and places that are others, mostly huge ones."""
+    if whole.startswith(b"\x89PNG"):
+        sizes = random.choice(NUMBERS), random.choice((*NUMBERS, 9))
+        depth, colour = whole[24], whole[25]
+        if random.random() < 0.2:
+            depth, colour = random.choice((1, 8, 16)), random.choice((0, 2, 3, 4, 6))
+        return png_header(*sizes, depth, colour) + whole[33:]
+    data = bytearray(whole)
+    places = _numbers(whole)
+    for at, how in random.sample(places, random.choice((1, 1, 2, 3))):
+        limit = 256 ** struct.calcsize(how) - 1
+        struct.pack_into(how, data, at, min(limit, random.choice(NUMBERS)))
+    return bytes(data)
+
+
+def bomb(random: Random) -> bytes:
+    """A PNG file whose pixels or texts are a thousand times larger than the file."""
+    side = random.choice((3000, 13000, 65535, 2**17, 2**20))
+    width, height = random.choice(((side, side), (1, side), (side, 1)))
+    depth = random.choice((8, 16))
+    where = random.choice(("IDAT", "zTXt", "iCCP", "iTXt"))
+    zeros = _zeros()
+    parts = {
+        "IDAT": b"",
+        "zTXt": chunk(b"zTXt", b"a\0\0" + zeros),
+        "iCCP": chunk(b"iCCP", b"a\0\0" + zeros),
+        "iTXt": chunk(b"iTXt", b"a\0\1\0\0\0" + zeros),
+    }
+    pixels = chunk(b"IDAT", zeros) + chunk(b"IEND", b"")
+    return png_header(width, height, depth) + parts[where] + pixels
+
+
+@cache
+def _zeros() -> bytes:
+    return zlib.compress(bytes(BOMB_BYTES), 9)
+
+
+_DAMAGE: tuple[Callable[[Random, bytes], bytes], ...]
+_DAMAGE = truncated, flipped, spliced, misnumbered
+
+
+def picture(random: Random) -> tuple[str, bytes]:
+    """What was done to a picture, and the file."""
+    if random.random() < 0.02:
+        return "PNG bomb", bomb(random)
+    kind = random.choice(list(pictures()))
+    how = random.choice(_DAMAGE)
+    return f"{kind} {how.__name__}", how(random, pictures()[kind])
