@@ -134,6 +134,8 @@ def comfyui(made: Environment, extra: list[str]) -> int:
 
 def _call(command: Sequence[str | Path], folder: Path, variables: dict[str, str]) -> int:
     """Run a command in the terminal's foreground, to its own end; returns its exit code."""
+    # A shell ignores SIGINT for what it starts in the background, and the command would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=folder, env=variables) as process:
         while True:
             try:
