@@ -16,10 +16,11 @@ from .pictures import (
     picture_output,
     picture_outputs,
     prepare_canvas,
+    require_finite,
     target,
 )
 from .schema_compat import schema
-from .types import CATEGORY, CanvasType, Guidance
+from .types import CATEGORY, CanvasType, Guidance, require
 
 
 class InfDiTConditioning(io.ComfyNode):
@@ -101,14 +102,18 @@ class InfDiTDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict, canvas: Canvas, colour_fix: str = "none") -> io.NodeOutput:
-        x = samples["samples"]
+        node = "Inf-DiT Decode"
+        require(node, canvas, Canvas, "expected canvas from Inf-DiT Conditioning")
+        latent = samples.get("samples") if isinstance(samples, dict) else samples
+        x = require(node, latent, torch.Tensor, "expected samples from a sampler")
         expected = tuple(canvas.concat.shape)
         needs_batch = canvas.alpha is not None or colour_fix != "none"
         if x.shape[1:] != expected[1:] or (needs_batch and len(x) != expected[0]):
             raise ValueError(
-                f"Inf-DiT Decode: expected a latent of shape {expected}, from the sampler that"
+                f"{node}: expected a latent of shape {expected}, from the sampler that"
                 f" this canvas went to; got {tuple(x.shape)}"
             )
+        require_finite(node, x)
         picture = canvas.finish(x)
         if colour_fix != "none":
             picture = fix_colours(picture, canvas.source, colour_fix)

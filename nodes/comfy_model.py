@@ -24,6 +24,7 @@ from ..infdit_core.fp8 import use_fp8
 from ..infdit_core.model import InfDiT
 from ..infdit_core.planner import Plan, plans
 from ..infdit_core.residual_cache import ResidualCache
+from .types import require
 
 CLIP_ATTACHMENT = "infdit_clip"
 """Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
@@ -86,6 +87,12 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
     if fp8:
         use_fp8(model.diffusion_model.net)
     return patcher
+
+
+def require_infdit(node: str, model: object) -> None:
+    """Raise ValueError unless `model` is a MODEL that holds an Inf-DiT."""
+    inner = getattr(model, "model", model)
+    require(node, inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
 
 
 class InfDiTModelConfig(comfy.supported_models_base.BASE):

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..infdit_core.guidance import GuidanceError
 from .clip import PatchedClip
 from .schema_compat import schema
-from .types import CATEGORY, Clip, Guidance, require_image
+from .types import CATEGORY, Clip, Guidance, require, require_image
 
 
 class InfDiTGuidance(io.ComfyNode):
@@ -74,6 +74,7 @@ class InfDiTGuidance(io.ComfyNode):
                 f"{node}: expected a CLIP tower; the model file has none."
                 " Connect Load Inf-DiT CLIP instead."
             )
+        require(node, clip, PatchedClip, "expected clip from Load Inf-DiT CLIP")
         try:
             return io.NodeOutput(clip.vector(image, positive, negative, text_strength))
         except GuidanceError as error:

@@ -9,12 +9,14 @@ from typing import Any
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.model_base import ModelType
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from .hidiffusion_patch import KEY, Mode, Patch
 from .hidiffusion_schedule import SD15, SDXL, SDXL_TURBO, Family, Ratios
 from .schema_compat import schema
+from .types import require
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +169,7 @@ class HiDiffusion(io.ComfyNode):
 
 def _family(model: Any, preset: str) -> Family:
     """The kind of UNet that `model` is, by its blocks; ValueError if it is none of ours."""
+    require("HiDiffusion", model, ModelPatcher, "expected a MODEL")
     unet = model.get_model_object("diffusion_model")
     name = type(model.model).__name__
     if not isinstance(unet, UNetModel):

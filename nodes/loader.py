@@ -20,7 +20,7 @@ from ..infdit_core.guidance import GuidanceError, read_clip
 from .clip import PatchedClip
 from .comfy_model import CLIP_ATTACHMENT, load_patcher
 from .schema_compat import schema
-from .types import CATEGORY, Clip
+from .types import CATEGORY, Clip, require
 
 _FOLDER = "infdit"
 _EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
@@ -86,6 +86,7 @@ class InfDiTCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        require("Load Inf-DiT Checkpoint", model_name, str, "expected model_name from the list")
         path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
         with _named_errors("Load Inf-DiT Checkpoint"), open_checkpoint(path) as checkpoint:
             model = load_patcher(checkpoint, _DTYPES.get(weight_dtype), fp8=weight_dtype == _FP8)
@@ -141,6 +142,7 @@ class InfDiTCLIPLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
+        require("Load Inf-DiT CLIP", clip_name, str, "expected clip_name from the list")
         folder = next(
             (f for f in _CLIP_FOLDERS if folder_paths.get_full_path(f, clip_name)), _FOLDER
         )

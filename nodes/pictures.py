@@ -9,8 +9,8 @@ from ..infdit_core.colour_fix import COLOUR_FIXES
 from ..infdit_core.condition import Condition
 from ..infdit_core.host_memory import require_memory
 from ..infdit_core.prepare import Canvas, PreparationError, check_image, prepare, target_size
-from .comfy_model import CLIP_ATTACHMENT, InfDiTModel
-from .types import require_image
+from .comfy_model import CLIP_ATTACHMENT, require_infdit
+from .types import require, require_image
 
 _MAX_EDGE_PX = 32768
 
@@ -61,15 +61,12 @@ def check_inputs(
         check_image(image)
     except PreparationError as error:
         raise ValueError(f"{node}: {error}") from error
-    if not isinstance(model.model, InfDiTModel):
-        raise ValueError(
-            f"{node}: expected a model from Load Inf-DiT Checkpoint;"
-            f" got {type(model.model).__name__}"
-        )
+    require_infdit(node, model)
     size = model.model.infdit_config.vector_size
     if size == 0:
         return None
     vectors = _own_guidance(node, model, image, size) if guidance is None else guidance
+    require(node, vectors, torch.Tensor, "expected guidance from Inf-DiT CLIP Guidance")
     batch = image.shape[0]
     if vectors.shape[-1] != size or vectors.shape[0] not in (1, batch):
         raise ValueError(
@@ -114,6 +111,15 @@ def target(node: str, image: torch.Tensor, upscale_by: float, longest_edge: int)
         return target_size(source, longest_edge / max(source) if longest_edge else upscale_by)
     except PreparationError as error:  # NaN passes ComfyUI's check of the range
         raise ValueError(f"{node}: {error}") from error
+
+
+def require_finite(node: str, samples: torch.Tensor) -> None:
+    """Refuse what a sampler made where it is no picture."""
+    if not samples.isfinite().all():
+        raise ValueError(
+            f"{node}: expected finite pixels from the network; got NaN or infinity."
+            " Load the model with weight_dtype bf16 or fp32, or take another sampler."
+        )
 
 
 def picture_output(image: torch.Tensor) -> io.NodeOutput:

@@ -26,11 +26,12 @@ from .pictures import (
     picture_output,
     picture_outputs,
     prepare_canvas,
+    require_finite,
     target,
 )
 from .progress import SamplingProgress
 from .schema_compat import schema
-from .types import CATEGORY, Guidance
+from .types import CATEGORY, Guidance, require
 
 _MAX_SEED = 2**64 - 1
 
@@ -141,6 +142,8 @@ class InfDiTSampler(io.ComfyNode):
             _check_sigmas(node, sigmas)
         if math.isnan(denoise):  # which passes ComfyUI's check of the range
             raise ValueError(f"{node}: expected denoise in 0..1; got {denoise}")
+        if sampler is not None:
+            require(node, sampler, comfy.samplers.Sampler, "expected a SAMPLER")
         vectors = check_inputs(node, model, image, guidance)
         sizes = pass_sizes(
             (image.shape[1], image.shape[2]), target(node, image, upscale_by, longest_edge)
@@ -175,11 +178,7 @@ class InfDiTSampler(io.ComfyNode):
                         options,
                         progress.step,
                     )
-                if not samples.isfinite().all():
-                    raise ValueError(
-                        f"{node}: expected finite pixels from the network; got NaN or infinity."
-                        " Load the model with weight_dtype bf16 or fp32, or take another sampler."
-                    )
+                require_finite(node, samples)
                 picture = canvas.finish(samples)
             results.append(fix_colours(picture, image[i : i + 1], colour_fix))
         return picture_output(torch.cat(results))
@@ -223,6 +222,7 @@ def _sample(
 
 def _check_sigmas(node: str, sigmas: torch.Tensor) -> None:
     """Refuse noise levels that make no picture."""
+    require(node, sigmas, torch.Tensor, "expected SIGMAS")
     levels = sigmas.flatten().tolist()
     falling = all(b < a for a, b in pairwise(levels))  # False with NaN
     if sigmas.ndim != 1 or len(levels) < 2 or not (falling and math.isfinite(levels[0])):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..infdit_core.schedule import BlockMajor, Full, LayerMajor
-from .comfy_model import MEMORY, REUSE_LAYERS, SCHEDULE, InfDiTModel
+from .comfy_model import MEMORY, REUSE_LAYERS, SCHEDULE, require_infdit
 from .schema_compat import schema
 from .types import CATEGORY
 
@@ -81,11 +81,7 @@ class InfDiTSchedule(io.ComfyNode):
         memory_gb: float,
         reuse_layers: int = 0,
     ) -> io.NodeOutput:
-        if not isinstance(model.model, InfDiTModel):
-            raise ValueError(
-                "Inf-DiT Schedule: expected a model from Load Inf-DiT Checkpoint;"
-                f" got {type(model.model).__name__}"
-            )
+        require_infdit("Inf-DiT Schedule", model)
         layers = model.model.infdit_config.num_layers
         if reuse_layers >= layers:
             raise ValueError(

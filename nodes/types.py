@@ -1,5 +1,7 @@
 """The pack's own socket types, and what its nodes share in talking to users."""
 
+from typing import TypeVar
+
 import torch
 from comfy_api.latest import io
 
@@ -13,8 +15,22 @@ CanvasType = io.Custom("INFDIT_CANVAS")
 """An `infdit_core.Canvas`: where the picture lies on the padded target."""
 
 
+_T = TypeVar("_T")
+
+
+def require(node: str, value: object, kind: type[_T], message: str) -> _T:
+    """The value of an input; ValueError with `message`, and what came, unless it is a `kind`.
+
+    Over the API a socket can be given a plain value, which ComfyUI does not check.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{node}: {message}; got {type(value).__name__}")
+    return value
+
+
 def require_image(node: str, image: torch.Tensor) -> None:
     """Raise ValueError unless `image` is (B, H, W, C) with something in it."""
+    require(node, image, torch.Tensor, "expected an IMAGE")
     shape = tuple(image.shape)
     if image.ndim != 4 or min(shape) < 1 or shape[-1] not in (1, 3, 4):
         raise ValueError(

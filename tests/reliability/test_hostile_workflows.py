@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
+import shutil
 import time
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.goldens import TINY, random_tensors
+from tests.reliability import fuzz_workflows
 from tests.reliability.workflows import debug_server, node, pixels, workflow
 from tools.comfy_server import ComfyError, ComfyServer
 
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.comfy
 
 LIMIT_SECONDS = 120
 MAX_SEED = 2**64 - 1
+STARTED = "Inf-DiT: 256×256 px"
+"""Logged before the first evaluation of the job that is cut off."""
 _seeds = itertools.count(1000)
 
 
@@ -26,21 +29,26 @@ def run(server: ComfyServer, graph: dict) -> list:
 
 @pytest.fixture(scope="module")
 def killed(comfy_source, tmp_path_factory):
-    """A folder that a server left behind when it was killed in the middle of a job, and what it
-    had made of the workflow with the seed 0 before."""
+    """A folder that a server left behind when it was killed in the middle of a job, that job, and
+    the picture that it would have made."""
     base = tmp_path_factory.mktemp("killed")
+    job = workflow(seed=1, width=64, height=64)
     with debug_server(comfy_source, base) as server:
-        (reference,) = run(server, workflow())
-        reference = pixels(reference)
-        server.queue(workflow(seed=1, width=192, height=192))
+        # of a copy of the model, so that the server does not know the result already
+        models = server.models_dir / "infdit"
+        shutil.copy(models / "tiny.safetensors", models / "copy.safetensors")
+        (saved,) = run(server, workflow(seed=1, model="copy", width=64, height=64))
+        expected = pixels(saved)
+        started = server.log().count(STARTED)
+        server.queue(job)
         end = time.monotonic() + LIMIT_SECONDS
-        while "Inf-DiT: 768×768 px" not in server.log():  # said before the first evaluation
+        while server.log().count(STARTED) == started:
             assert time.monotonic() < end
-            time.sleep(0.05)
-        assert "Prompt executed" not in server.log().split("768×768")[1]
+            time.sleep(0.01)
         server.process.kill()
         server.process.wait()
-    return base, reference
+        assert "Prompt executed" not in server.log().split(STARTED)[-1]
+    return base, job, expected
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +58,10 @@ def server(killed, comfy_source):
 
 
 def test_a_killed_server_leaves_nothing_half_and_goes_on(server: ComfyServer, killed):
-    saved = sorted(server.output_dir.iterdir())
-    assert len(saved) == 1
-    Image.open(saved[0]).load()
-    assert torch.equal(pixels(run(server, workflow())[0]), killed[1])
+    _, job, expected = killed
+    (saved,) = server.output_dir.iterdir()
+    assert torch.equal(pixels(saved), expected)
+    assert torch.equal(pixels(run(server, job)[0]), expected)
 
 
 def works(server: ComfyServer) -> None:
@@ -172,6 +180,56 @@ def test_seeds_at_both_ends(server, seed):
     first, again = (pixels(run(server, workflow(seed, width=w))[0]) for w in (17, 17))
     assert first.shape == (32, 68, 3)
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "finite pixels from the network"),
+        ("of Stable Diffusion", r"a latent of shape \(1, 3, 32, 64\)"),
+        ("5-D", "a latent of shape"),
+        ("0-D", "a latent of shape"),
+        (5, "samples from a sampler; got int"),
+    ],
+)
+def test_latents_that_are_none(server, kind, message):
+    graph = workflow() | {
+        "latent": node("DebugLatent", kind=kind),
+        "conditioning": node(
+            "InfDiTConditioning", model=["load", 0], image=["image", 0], upscale_by=4.0
+        ),
+        "decode": node("InfDiTDecode", samples=["latent", 0], canvas=["conditioning", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="result"),
+    }
+    del graph["upscale"]
+    if kind == 5:
+        graph["decode"]["inputs"]["samples"] = 5
+    assert re.search(f"Inf-DiT Decode: expected {message}", refused(server, graph))
+    works(server)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [("upscale", "model", 5), ("upscale", "image", "x"), ("upscale", "sampler", {"a": 1}),
+     ("upscale", "sigmas", 0.5), ("load", "model_name", None)],
+)  # fmt: skip
+def test_plain_values_for_sockets(server, where, name, value):
+    """ComfyUI lets them through to the node."""
+    graph = workflow(seed=next(_seeds))
+    graph[where]["inputs"][name] = value
+    assert re.search(
+        r"(Inf-DiT Upscale|Load Inf-DiT Checkpoint): expected ", refused(server, graph)
+    )
+    works(server)
+
+
+def test_workflows_by_chance(server):
+    """In short what fuzz_workflows does at length."""
+    outcomes, findings = fuzz_workflows.run(server, range(60))
+    assert findings == []
+    assert outcomes["named"] > 10
+    assert outcomes["refused"] > 10
+    assert outcomes["done"] > 3
 
 
 def test_a_model_file_replaced_or_deleted_between_runs(server: ComfyServer):

@@ -29,6 +29,18 @@ IMAGES = {
     "one pixel": lambda: torch.zeros(1, 1, 1, 3),
 }
 
+LATENTS = {
+    "nan": lambda: torch.full((1, 3, 32, 64), float("nan")),
+    "right": lambda: torch.zeros(1, 3, 32, 64),
+    "batch 0": lambda: torch.zeros(0, 3, 32, 64),
+    "batch 3": lambda: torch.zeros(3, 3, 32, 64),
+    "of Stable Diffusion": lambda: torch.zeros(1, 4, 8, 8),
+    "5-D": lambda: torch.zeros(1, 3, 1, 32, 64),
+    "0-D": lambda: torch.tensor(0.0),
+    "integers": lambda: torch.zeros(1, 3, 32, 64, dtype=torch.int64),
+    "half": lambda: torch.zeros(1, 3, 32, 64, dtype=torch.float16),
+}
+
 
 class DebugImage:
     """IMAGE of a kind in `IMAGES`."""
@@ -43,6 +55,21 @@ class DebugImage:
 
     def run(self, kind: str) -> tuple:
         return (IMAGES[kind](),)
+
+
+class DebugLatent:
+    """LATENT of a kind in `LATENTS`."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "run"
+    CATEGORY = "debug"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"kind": (list(LATENTS),)}}
+
+    def run(self, kind: str) -> tuple:
+        return ({"samples": LATENTS[kind]()},)
 
 
 class DebugSigmas:
@@ -89,4 +116,5 @@ class DebugCounts:
         return {"ui": {"counts": [counts]}}
 
 
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (DebugImage, DebugSigmas, DebugCounts)}
+_NODES = (DebugImage, DebugLatent, DebugSigmas, DebugCounts)
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in _NODES}
