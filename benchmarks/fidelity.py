@@ -26,7 +26,7 @@ from .quality_data import DEGRADATIONS, bicubic, centre, degrade, read_photos
 from .quality_metrics import against_input, against_original
 
 DENOISE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-METRICS = ("gmsd", "haarpsi", "psnr", "consistency_db", "colour_shift")
+METRICS = ("gmsd", "haarpsi", "vifp", "fsim", "psnr", "consistency_db", "colour_shift")
 
 
 def results(model: InfDiT, lr: Tensor, preset: str) -> Iterator[tuple[str, int, Tensor]]:

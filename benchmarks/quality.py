@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infdit_core import PRESETS, InfDiT, edm_sigmas, load_model, plan, prepare, sample
+from infdit_core import PRESETS, InfDiT, load_model, plan, prepare, sample
 from infdit_core.checkpoint import BUNDLED_FOLDER
+from infdit_core.edm import partial_sigmas
 from infdit_core.sampling import SOLVERS, Preset
 
 from .evaluation import DTYPES, RESULTS, environment
@@ -39,7 +40,7 @@ Upscaler = Callable[[Tensor], Tensor]
 """From (1, 3, h, w) to (1, 3, 4 h, 4 w), in 0..1."""
 
 
-def upscaler(model: InfDiT, preset: Preset, seed: int) -> Upscaler:
+def upscaler(model: InfDiT, preset: Preset, seed: int, denoise: float = 1.0) -> Upscaler:
     """Enlarge by 4 with the model, as the command line does."""
     weight = model.final.linear.weight
     memory = CPU_MEMORY_BYTES
@@ -55,7 +56,7 @@ def upscaler(model: InfDiT, preset: Preset, seed: int) -> Upscaler:
         x = sample(
             model,
             canvas.condition(),
-            edm_sigmas(preset.steps),
+            partial_sigmas(preset.steps, denoise),
             noise=noise,
             solver=preset.solver,
             schedule=plan(model.config, height, width, weight.dtype, memory, device=device),
@@ -140,6 +141,7 @@ def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
         "model_sha256": hashlib.sha256(args.model.read_bytes()).hexdigest(),
         "solver": preset.solver,
         "steps": preset.steps,
+        "denoise": args.denoise,
         "seed": args.seed,
         "crop": args.crop,
         "dtype": args.dtype,
@@ -153,6 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="exact")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--solver", choices=sorted(SOLVERS), help="instead of the preset's")
+    parser.add_argument("--denoise", type=float, default=1.0)
     parser.add_argument("--crop", type=int, default=2048, help="longest side in pixels")
     parser.add_argument("--degradation", choices=DEGRADATIONS, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
@@ -171,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args.model, device, DTYPES[args.dtype])
     preset = PRESETS[args.preset]
     preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
-    upscale = upscaler(model, preset, args.seed)
+    upscale = upscaler(model, preset, args.seed, args.denoise)
     if args.grid:
         draw(photos, upscale, args.grid)
         return
