@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infdit_core import InfDiT, edm_sigmas, load_model
+from infdit_core import InfDiT, load_model
 from infdit_core.checkpoint import BUNDLED_FOLDER
 from infdit_core.condition import Condition
 from infdit_core.fp8 import use_fp8
@@ -154,7 +154,7 @@ def run(model: InfDiT, cond: Condition, noise: Tensor, choice: Choice) -> Tensor
     return sample(
         model,
         cond,
-        edm_sigmas(preset.steps),
+        preset.sigmas(),
         noise=noise,
         solver=preset.solver,
         schedule=plan(config, height, width, weight.dtype, float("inf"), device=weight.device.type),

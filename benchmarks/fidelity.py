@@ -18,7 +18,6 @@ from torch import Tensor
 from infdit_core import InfDiT, LayerMajor, load_model, prepare, sample
 from infdit_core.checkpoint import BUNDLED_FOLDER
 from infdit_core.colour_fix import COLOUR_FIXES, fix_colours
-from infdit_core.edm import partial_sigmas
 from infdit_core.sampling import PRESETS
 
 from .evaluation import RESULTS, environment
@@ -38,7 +37,7 @@ def results(model: InfDiT, lr: Tensor, preset: str) -> Iterator[tuple[str, int, 
     yield "bicubic", 0, bicubic(lr)
     image = bicubic(lr).movedim(1, -1)
     for denoise in DENOISE:
-        sigmas = partial_sigmas(chosen.steps, denoise)
+        sigmas = chosen.sigmas(denoise)
         x = sample(
             model, canvas.condition(), sigmas,
             noise=noise, solver=chosen.solver, schedule=LayerMajor(16),

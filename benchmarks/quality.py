@@ -26,7 +26,6 @@ from torch import Tensor
 
 from infdit_core import PRESETS, InfDiT, load_model, plan, prepare, sample
 from infdit_core.checkpoint import BUNDLED_FOLDER
-from infdit_core.edm import partial_sigmas
 from infdit_core.sampling import SOLVERS, Preset
 
 from .evaluation import DTYPES, RESULTS, environment
@@ -56,7 +55,7 @@ def upscaler(model: InfDiT, preset: Preset, seed: int, denoise: float = 1.0) -> 
         x = sample(
             model,
             canvas.condition(),
-            partial_sigmas(preset.steps, denoise),
+            preset.sigmas(denoise),
             noise=noise,
             solver=preset.solver,
             schedule=plan(model.config, height, width, weight.dtype, memory, device=device),

@@ -24,7 +24,6 @@ from .checkpoint import (
 from .colour_fix import fix_colours
 from .condition import Condition
 from .convert import convert
-from .edm import partial_sigmas
 from .fp8 import use_fp8
 from .guidance import ClipGuide, read_clip
 from .host_memory import require_memory
@@ -117,7 +116,7 @@ def _upscale_picture(
     picture = image
     preset = PRESETS[args.preset]
     preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
-    sigmas = partial_sigmas(preset.steps, args.denoise)
+    sigmas = preset.sigmas(args.denoise)
     with _Progress(source.name, (len(sigmas) - 1) * len(sizes)) as progress:
         for size in sizes:
             picture = _one_pass(model, picture, size, vector, preset.solver, sigmas, progress, args)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ def edm_sigmas(
 ) -> Tensor:
     """(steps + 1,) falling noise levels, the last one 0 (equation 5).
 
+    Equal steps in sigma^(1/rho); for rho = infinity the limit of that, equal steps in log sigma.
+
     Raises:
         ValueError: fewer than one step, or not 0 < sigma_min <= sigma_max.
     """
@@ -49,18 +52,22 @@ def edm_sigmas(
     if not 0 < sigma_min <= sigma_max:
         raise ValueError(f"expected 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = (high + ramp * (low - high)) ** rho
+    if math.isinf(rho):
+        sigmas = sigma_max * (sigma_min / sigma_max) ** ramp
+    else:
+        low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+        sigmas = (high + ramp * (low - high)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
-def partial_sigmas(steps: int, denoise: float) -> Tensor:
-    """The lower end of `edm_sigmas(steps)`, about as dense, to start from a picture's upscaling.
+def partial_sigmas(steps: int, denoise: float, rho: float = RHO) -> Tensor:
+    """Noise levels like `edm_sigmas(steps)` from a lower one on, to start from an upscaled picture.
 
     Args:
         steps: of the whole schedule.
         denoise: 0..1, the share of it that is left: 1 starts at `SIGMA_MAX`, 0.5 at 1.4, 0.25 at
             0.11, and 0 gives the single level 0, for no step at all.
+        rho: spacing of the levels; where they start does not depend on it.
 
     Raises:
         ValueError: fewer than one step, or a share outside 0..1.
@@ -71,7 +78,8 @@ def partial_sigmas(steps: int, denoise: float) -> Tensor:
         return torch.zeros(1)
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     start = (low + denoise * (high - low)) ** RHO
-    return edm_sigmas(max(1, round(steps * denoise)), sigma_max=start if denoise < 1 else SIGMA_MAX)
+    first = start if denoise < 1 else SIGMA_MAX
+    return edm_sigmas(max(1, round(steps * denoise)), sigma_max=first, rho=rho)
 
 
 def loss_weight(sigma: Tensor) -> Tensor:

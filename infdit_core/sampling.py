@@ -11,11 +11,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from .condition import Condition
+from .edm import RHO, partial_sigmas
 from .model import InfDiT, Progress
 from .residual_cache import ResidualCache
 from .schedule import Full, Schedule
@@ -68,35 +69,45 @@ def heun(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -
     return x
 
 
-MULTISTEP_ORDER = 3
+THIRD_ORDER_STEPS = 10
+"""With fewer steps over the whole range the third order overshoots (benchmarks/solvers.py)."""
 
 
 def multistep(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
-    """Linear multistep in sigma: one evaluation a step, of third order once three are there.
+    """Exponential multistep in log sigma: one evaluation a step.
 
-    The derivatives of the last steps are interpolated by a polynomial in sigma, which is integrated
-    exactly over the next step: Adams-Bashforth with variable steps, called rhoAB-DEIS by Zhang and
-    Chen (arXiv 2204.13902) and LMS in k-diffusion.
+    D of the last steps is interpolated by a polynomial in lambda = -log sigma, under which the ODE
+    is integrated exactly over the next step: Adams-Bashforth for data prediction, like
+    DPM-Solver++ (Lu et al., arXiv 2211.01095), of second order for long steps and else of third.
     """
+    order = 3 if len(sigmas) > THIRD_ORDER_STEPS else 2
     history: list[Tensor] = []
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
-        history = [to_d(x, sigma, denoised), *history][:MULTISTEP_ORDER]
+        if following == 0:
+            return denoised  # the limit, whatever D was before
+        history = [denoised, *history][:order]
         nodes = [sigmas[i - j] for j in range(len(history))]
-        for weight, d in zip(_adams_bashforth(nodes, sigma, following), history, strict=True):
+        x = following / sigma * x
+        for weight, d in zip(_exponential_weights(nodes, following), history, strict=True):
             x = x + weight * d
     return x
 
 
-def _adams_bashforth(nodes: list[float], start: float, end: float) -> list[float]:
-    """Weights that integrate the polynomial through values at `nodes` from start to end."""
-    weights = []
-    for j, node in enumerate(nodes):
-        factors = (Polynomial([-n, 1]) / (node - n) for k, n in enumerate(nodes) if k != j)
-        integral = math.prod(factors, start=Polynomial([1.0])).integ()
-        weights.append(float(integral(end) - integral(start)))
-    return weights
+def _exponential_weights(nodes: list[float], end: float) -> list[float]:
+    """Of D at the sigmas `nodes`, newest first, for the step from nodes[0] to end.
+
+    x(end) = end / start · x(start) + end · ∫ exp(lambda) D(lambda) dlambda, with the polynomial
+    through the values of D: the weights reproduce the integrals of its powers.
+    """
+    start = nodes[0]
+    step = math.log(start / end)
+    moments = [-math.expm1(-step)]
+    for power in range(1, len(nodes)):
+        moments.append(step**power - power * moments[-1])
+    powers = np.vander([math.log(start / node) for node in nodes], increasing=True).T
+    return np.linalg.solve(powers, moments).tolist()
 
 
 class Preset(NamedTuple):
@@ -110,13 +121,18 @@ class Preset(NamedTuple):
         """Of the network: Heun's method takes two a step, but for the last."""
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
+    def sigmas(self, denoise: float = 1.0) -> Tensor:
+        """The noise levels that suit the solver, as from `partial_sigmas`."""
+        return partial_sigmas(self.steps, denoise, math.inf if self.solver == "multistep" else RHO)
+
 
 PRESETS = {
     "exact": Preset("heun", 20),
     "fast": Preset("multistep", 12),
     "draft": Preset("multistep", 6),
 }
-"""What the release does, and two that need fewer evaluations (benchmarks/results/solvers.json)."""
+"""What the release does, its error with a third of the evaluations, and a first look
+(benchmarks/results/solvers.json)."""
 
 SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler, "multistep": multistep}
 

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..infdit_core.colour_fix import fix_colours
 from ..infdit_core.condition import Condition
-from ..infdit_core.edm import SIGMA_MIN, partial_sigmas
+from ..infdit_core.edm import SIGMA_MIN
 from ..infdit_core.prepare import pass_sizes
 from ..infdit_core.sampling import PRESETS, SOLVERS, Step
 from .comfy_model import PLAN, PROGRESS
@@ -153,7 +153,7 @@ class InfDiTSampler(io.ComfyNode):
         if preset == "exact":
             chosen = chosen._replace(steps=steps)
         if sigmas is None:
-            sigmas = partial_sigmas(chosen.steps, denoise)
+            sigmas = chosen.sigmas(denoise)
         steps = len(sigmas) - 1
         evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
         runs = len(sizes) * image.shape[0]

@@ -1,9 +1,19 @@
 """Noise levels and solvers."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from infdit_core.edm import SIGMA_MIN, edm_sigmas, loss_weight, partial_sigmas, preconditioning
+from infdit_core.edm import (
+    SIGMA_MAX,
+    SIGMA_MIN,
+    edm_sigmas,
+    loss_weight,
+    partial_sigmas,
+    preconditioning,
+)
 from infdit_core.sampling import SOLVERS, sample
 from infdit_core.schedule import BlockMajor
 from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
@@ -38,12 +48,20 @@ def test_partial_sigmas_are_the_lower_end_of_the_schedule():
     assert len(half) == 11
     assert half[0] == pytest.approx(edm_sigmas(21)[10].item())
     assert half[-2:].tolist() == pytest.approx([SIGMA_MIN, 0])
+    assert partial_sigmas(20, 0.5, math.inf)[0] == half[0]
     assert partial_sigmas(20, 0.0).tolist() == [0]
     assert len(partial_sigmas(6, 0.01)) == 2
     starts = [float(partial_sigmas(20, share / 10)[0]) for share in range(11)]
     assert starts == sorted(set(starts))
     with pytest.raises(ValueError, match=r"expected denoise in 0\.\.1, got 1\.5"):
         partial_sigmas(20, 1.5)
+
+
+def test_infinite_rho_is_even_in_log_sigma():
+    levels = edm_sigmas(9, rho=math.inf)
+    ratios = levels[1:-1] / levels[:-2]
+    torch.testing.assert_close(ratios, ratios[:1].expand(8))
+    assert levels[[0, -2, -1]].tolist() == pytest.approx([SIGMA_MAX, SIGMA_MIN, 0])
 
 
 def test_preconditioning_is_that_of_the_paper():
@@ -70,6 +88,22 @@ def test_solvers_reach_the_exact_solution_of_a_gaussian(solver, monkeypatch):
     result = SOLVERS[solver](denoise, x, sigmas, lambda step: None)
     tolerance = {"euler": 3e-2}.get(solver, 1e-3)
     torch.testing.assert_close(result, exact, rtol=tolerance, atol=0)
+
+
+def test_multistep_is_of_third_order_at_least():
+    """Up to the last step, to 0, which is of first order and small."""
+    variance, x = 0.3**2, torch.tensor([3.0], dtype=torch.float64)
+
+    def denoise(x, sigma):
+        return x * variance / (variance + sigma**2)
+
+    def error(steps):
+        sigmas = np.geomspace(40, 0.01, steps + 1).tolist()
+        result = SOLVERS["multistep"](denoise, x, sigmas, lambda step: None)
+        exact = x * ((variance + sigmas[-1] ** 2) / (variance + sigmas[0] ** 2)) ** 0.5
+        return (result / exact - 1).abs().item()
+
+    assert error(40) > 7.5 * error(80)
 
 
 def test_the_schedule_does_not_change_the_picture():
