@@ -37,7 +37,6 @@ CORE_SAMPLERS = [
     "deis",
     "lms",
     "gradient_estimation",
-    "res_multistep",
 ]
 EVALUATIONS = [5, 6, 8, 10, 12, 16, 20]
 SPACINGS = {

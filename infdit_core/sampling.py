@@ -11,7 +11,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,45 +68,33 @@ def heun(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -
     return x
 
 
-THIRD_ORDER_STEPS = 10
-"""With fewer steps over the whole range the third order overshoots (benchmarks/solvers.py)."""
+_ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 def multistep(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
-    """Exponential multistep in log sigma: one evaluation a step.
+    """Linear multistep: one evaluation a step, of four steps once they are there.
 
-    D of the last steps is interpolated by a polynomial in lambda = -log sigma, under which the ODE
-    is integrated exactly over the next step: Adams-Bashforth for data prediction, like
-    DPM-Solver++ (Lu et al., arXiv 2211.01095), of second order for long steps and else of third.
+    Adams-Bashforth with the weights of equal steps whatever the sigmas are, as pseudo numerical
+    methods do (iPNDM: Liu et al., arXiv 2202.09778, Zhang and Chen, arXiv 2204.13902). With equal
+    steps in log sigma it was nearer to the solution than methods that integrate a polynomial in
+    sigma or log sigma exactly (benchmarks/results/solvers.json).
     """
-    order = 3 if len(sigmas) > THIRD_ORDER_STEPS else 2
     history: list[Tensor] = []
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
         if following == 0:
-            return denoised  # the limit, whatever D was before
-        history = [denoised, *history][:order]
-        nodes = [sigmas[i - j] for j in range(len(history))]
-        x = following / sigma * x
-        for weight, d in zip(_exponential_weights(nodes, following), history, strict=True):
-            x = x + weight * d
+            return denoised  # a long step in log sigma, which Euler's method takes exactly to D
+        history = [to_d(x, sigma, denoised), *history][: len(_ADAMS_BASHFORTH)]
+        weights = _ADAMS_BASHFORTH[len(history) - 1]
+        for weight, d in zip(weights, history, strict=True):
+            x = x + (following - sigma) * weight * d
     return x
-
-
-def _exponential_weights(nodes: list[float], end: float) -> list[float]:
-    """Of D at the sigmas `nodes`, newest first, for the step from nodes[0] to end.
-
-    x(end) = end / start · x(start) + end · ∫ exp(lambda) D(lambda) dlambda, with the polynomial
-    through the values of D: the weights reproduce the integrals of its powers.
-    """
-    start = nodes[0]
-    step = math.log(start / end)
-    moments = [-math.expm1(-step)]
-    for power in range(1, len(nodes)):
-        moments.append(step**power - power * moments[-1])
-    powers = np.vander([math.log(start / node) for node in nodes], increasing=True).T
-    return np.linalg.solve(powers, moments).tolist()
 
 
 class Preset(NamedTuple):

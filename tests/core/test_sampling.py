@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from infdit_core.edm import (
     partial_sigmas,
     preconditioning,
 )
-from infdit_core.sampling import SOLVERS, sample
+from infdit_core.sampling import PRESETS, SOLVERS, Preset, sample
 from infdit_core.schedule import BlockMajor
 from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
 
@@ -90,20 +89,19 @@ def test_solvers_reach_the_exact_solution_of_a_gaussian(solver, monkeypatch):
     torch.testing.assert_close(result, exact, rtol=tolerance, atol=0)
 
 
-def test_multistep_is_of_third_order_at_least():
-    """Up to the last step, to 0, which is of first order and small."""
-    variance, x = 0.3**2, torch.tensor([3.0], dtype=torch.float64)
+def test_fast_is_nearer_to_the_solution_than_exact():
+    """For data N(0, 0.3²), each with its own noise levels."""
+    x = torch.linspace(-40, 40, 41, dtype=torch.float64)
 
     def denoise(x, sigma):
-        return x * variance / (variance + sigma**2)
+        return x * 0.3**2 / (0.3**2 + sigma**2)
 
-    def error(steps):
-        sigmas = np.geomspace(40, 0.01, steps + 1).tolist()
-        result = SOLVERS["multistep"](denoise, x, sigmas, lambda step: None)
-        exact = x * ((variance + sigmas[-1] ** 2) / (variance + sigmas[0] ** 2)) ** 0.5
-        return (result / exact - 1).abs().item()
+    def error(preset):
+        drawn = SOLVERS[preset.solver](denoise, x, preset.sigmas().tolist(), lambda step: None)
+        return (drawn - x * 0.3 / (0.3**2 + 40**2) ** 0.5).abs().max()
 
-    assert error(40) > 7.5 * error(80)
+    assert error(PRESETS["fast"]) < error(PRESETS["exact"])
+    assert error(PRESETS["fast"]) < error(Preset("euler", 12)) / 5
 
 
 def test_the_schedule_does_not_change_the_picture():
