@@ -146,9 +146,11 @@ def measure(
         "flop_per_second": evaluation_flop(net.config, side, side) / median,
         "parts": {name: round(s, 4) for name, s in parts.seconds.items()},
         "peak_bytes": peak,
+        # beside it the network's result and D, float32
         "predicted_bytes": evaluation_bytes(
             net.config, grid_of(net.config, side, side), schedule, dtype
-        ),
+        )
+        + 2 * 4 * x.numel(),
     }
 
 
