@@ -32,6 +32,7 @@ TEST_TOOLS = (
     "pytest-timeout==2.4.0",
     "hypothesis==6.155.2",
     "bandit==1.9.4",
+    "piq==0.8.0",
     "playwright==1.65.2",
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
