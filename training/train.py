@@ -32,11 +32,12 @@ from infdit_core.sampling import sample
 from infdit_core.schedule import Full
 from training.data import Photos, condition, reduce_bicubic
 from training.degrade import reduce_realistic
+from training.initial import initialise
 
 STATE = "state.pt"
 LOG = "log.csv"
 SAMPLE_SEED = 1
-DEGRADATIONS = ("bicubic", "realesrgan")
+DEGRADATIONS = ("bicubic", "realesrgan", "mixed")
 OPTIMIZERS = ("adamw", "muon")
 CHANGEABLE = ("total_steps", "p_mean", "p_std")
 """Settings that are taken from the command line when a run is resumed."""
@@ -146,9 +147,15 @@ class Trainer:
         return sigma, losses.detach().cpu()
 
     def _reduce(self, picture: Tensor) -> Tensor:
-        if self.settings.degradation == "realesrgan":
-            return reduce_realistic(picture, self.numpy)
-        return reduce_bicubic(picture)
+        """The LR pictures; of a mixed batch the first half is reduced bicubic."""
+        count = {"bicubic": len(picture), "realesrgan": 0, "mixed": (len(picture) + 1) // 2}
+        bicubic, realistic = picture.tensor_split([count[self.settings.degradation]])
+        parts = []
+        if len(bicubic):
+            parts.append(reduce_bicubic(bicubic))
+        if len(realistic):
+            parts.append(reduce_realistic(realistic, self.numpy))
+        return torch.cat(parts)
 
     def _origin(self) -> tuple[int, int]:
         """Random rotary start positions, whole blocks, so that a crop is like any other place."""
@@ -244,23 +251,6 @@ def stratified_normal(size: int, generator: torch.Generator) -> Tensor:
     ranges = torch.randperm(size, generator=generator)
     uniform = (ranges + torch.rand(size, generator=generator)) / size
     return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
-
-
-def initialise(model: InfDiT) -> InfDiT:
-    """Small normal weights; modulations and output zero, so that D starts as c_skip · x."""
-    depth = 1 / math.sqrt(2 * model.config.num_layers)
-    for name, parameter in model.named_parameters():
-        if name.startswith("final.") or name.startswith("modulations.") or name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif "norm" in name:
-            nn.init.ones_(parameter)
-        elif parameter.ndim >= 2:
-            fan_in = parameter[0].numel() if "embed" in name else parameter.shape[-1]
-            std = 0.02 if "segment_embed" in name or "position" in name else fan_in**-0.5
-            nn.init.normal_(parameter, std=std)
-            if name.endswith(("dense.weight", "fc2.weight")):
-                parameter.data.mul_(depth)
-    return model
 
 
 def save_sample(trainer: Trainer, test: Tensor, path: Path) -> None:
