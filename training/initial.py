@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from infdit_core.layers import Layer
 from infdit_core.model import InfDiT
 
-LR_PEAK = 5.0
+LR_PEAK = 6.0
 """Logit of the row, and of the column, that a query of the cross attention starts to look at."""
-LR_WIDTH = 0.5
+LR_WIDTH = 1.0
 """Width of that peak in LR tokens."""
 LR_CONTENT = 0.5
 """Weight of what query and key hold besides their places."""
@@ -76,13 +76,9 @@ def look_at_input(model: InfDiT) -> None:
     cross.key_position[0] = both(window, window)[:, None].to(cross.key_position)
     places = (torch.arange(config.block_patches) + 0.5) * config.lr_block / config.block_patches
     places += config.lr_block - 0.5
-    near = places.round()
-    other = near + (places - near).sign()
     for head in range(config.num_heads):
-        rows, columns = (other if head >> bit & 1 else near for bit in (0, 1))
-        cross.query_position[0, :, head] = both(waves(rows), waves(columns)).to(
-            cross.query_position
-        )
+        rows, columns = (waves(places + (0.5 if head >> bit & 1 else -0.5)) for bit in (1, 0))
+        cross.query_position[0, :, head] = both(rows, columns).to(cross.query_position)
 
 
 @torch.no_grad()

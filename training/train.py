@@ -32,7 +32,7 @@ from infdit_core.sampling import sample
 from infdit_core.schedule import Full
 from training.data import Photos, condition, reduce_bicubic
 from training.degrade import reduce_realistic
-from training.initial import initialise
+from training.initial import initialise, look_at_input
 
 STATE = "state.pt"
 LOG = "log.csv"
@@ -73,6 +73,8 @@ class Settings:
     seed: int = 0
     checkpoint: str = ""
     """File to start from; it then sets the sizes. Empty for random weights."""
+    fresh_positions: bool = False
+    """With a checkpoint: let its cross attention look at the LR picture as a new model's does."""
 
     @property
     def config(self) -> InfDiTConfig:
@@ -102,6 +104,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         if settings.checkpoint:
             self.model = load_model(settings.checkpoint, device).train().requires_grad_(True)
+            if settings.fresh_positions:
+                look_at_input(self.model)
         else:
             self.model = initialise(InfDiT(settings.config)).to(device)
         self.config = self.model.config
