@@ -10,6 +10,7 @@ import torch
 from infdit_core.checkpoint import load_model, open_checkpoint
 from training import export
 from training.data import FLAT, Photos, condition, detail, reduce_bicubic
+from training.evaluate import evaluate, read
 from training.plot import read_log
 from training.train import LOG, STATE, Settings, Trainer, stratified_normal, write_log
 
@@ -137,3 +138,19 @@ def test_flat_crops_are_drawn_again(tmp_path):
     crops = ((photos.batch(400, generator) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     flat = sum(detail(crop) < FLAT for crop in crops) / len(crops)
     assert 0.05 < flat < 0.2  # a third of the places, so a ninth after the second try
+
+
+def test_evaluation_reads_runs_and_checkpoints_and_knows_better_from_worse(photos, tmp_path):
+    run = trainer(photos)
+    run.train_step()
+    run.save(tmp_path / STATE)
+    export.export(tmp_path, tmp_path / "model.safetensors", commit="abc")
+    pictures = photos.batch(2, np.random.default_rng(0))
+    found, interpolated = evaluate(read(tmp_path), pictures, reduce_bicubic(pictures))
+    again, _ = evaluate(read(tmp_path / "model.safetensors"), pictures, reduce_bicubic(pictures))
+    assert again == pytest.approx(found, rel=0.02)  # bf16
+    # hardly trained, D is c_skip · x: the noise at low levels, the picture itself at high ones
+    assert found[0] == pytest.approx(0.05 * 127.5, rel=0.05)
+    power = pictures.square().mean().sqrt().item() * 127.5
+    assert found[-1] == pytest.approx(power, rel=0.05)
+    assert interpolated < power
