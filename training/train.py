@@ -39,7 +39,7 @@ LOG = "log.csv"
 SAMPLE_SEED = 1
 DEGRADATIONS = ("bicubic", "realesrgan", "mixed")
 OPTIMIZERS = ("adamw", "muon")
-CHANGEABLE = ("total_steps", "p_mean", "p_std")
+CHANGEABLE = ("total_steps", "p_mean", "p_std", "border_weight")
 """Settings that are taken from the command line when a run is resumed."""
 LEVELS = (0.0, 0.1, 0.3, 1.0, math.inf)
 """Bounds of sigma between which the log averages the loss."""
@@ -66,6 +66,8 @@ class Settings:
     p_mean: float = -1.0
     p_std: float = 1.4
     lr_dropout: float = 0.07
+    border_weight: float = 0.0
+    """Weight of `border_jumps`, beside the plain squared error's of 1."""
     degradation: str = DEGRADATIONS[0]
     max_origin_blocks: int = 256
     optimizer: str = OPTIMIZERS[0]
@@ -139,9 +141,10 @@ class Trainer:
             denoised = self.model.denoise(
                 noisy.to(self.device), sigma.to(self.device), self._to_device(cond), Full()
             )
-        errors = (denoised.float() - picture.to(self.device)).square().mean(dim=(1, 2, 3))
-        losses = loss_weight(sigma).to(self.device) * errors
-        losses.mean().backward()
+        error = denoised.float() - picture.to(self.device)
+        weight = loss_weight(sigma).to(self.device)
+        losses = weight * error.square().mean(dim=(1, 2, 3))
+        (losses + self._border_losses(weight, error)).mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -149,6 +152,13 @@ class Trainer:
         self.step += 1
         self._average()
         return sigma, losses.detach().cpu()
+
+    def _border_losses(self, weight: Tensor, error: Tensor) -> Tensor | float:
+        """(B,) the jumps of the error (B, 3, H, W) at borders of patches and of blocks."""
+        if not self.settings.border_weight:
+            return 0.0
+        periods = self.config.patch_size, self.config.block_px
+        return self.settings.border_weight * weight * sum(border_jumps(error, p) for p in periods)
 
     def _reduce(self, picture: Tensor) -> Tensor:
         """The LR pictures; of a mixed batch the first half is reduced bicubic."""
@@ -245,6 +255,22 @@ def optimizers(model: InfDiT, settings: Settings) -> list[torch.optim.Optimizer]
             torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         )
     return found
+
+
+def border_jumps(error: Tensor, period_px: int) -> Tensor:
+    """(B,) mean squared jump of an error (B, C, H, W) across lines that are `period_px` apart.
+
+    Added to the squared error this is a squared error in another norm, of which the mean of the
+    posterior is the minimum just as well; but where the network falls short of that mean, both
+    sides of a border must fall short alike. A block knows the one before it and not the one after
+    it, so it is the later one that learns to close the gap.
+    """
+    jumps = []
+    for dim in (-2, -1):
+        lines = torch.arange(period_px, error.shape[dim], period_px, device=error.device)
+        jump = error.index_select(dim, lines) - error.index_select(dim, lines - 1)
+        jumps.append(jump.square().mean(dim=(1, 2, 3)))
+    return torch.stack(jumps).mean(dim=0)
 
 
 def stratified_normal(size: int, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,15 @@ from training import export
 from training.data import FLAT, Photos, condition, detail, reduce_bicubic
 from training.evaluate import evaluate, read
 from training.plot import read_log
-from training.train import LOG, STATE, Settings, Trainer, stratified_normal, write_log
+from training.train import (
+    LOG,
+    STATE,
+    Settings,
+    Trainer,
+    border_jumps,
+    stratified_normal,
+    write_log,
+)
 
 TINY = Settings(
     hidden_size=16, num_layers=2, num_heads=2, crop_px=64, batch_size=2, warmup_steps=2,
@@ -62,6 +70,26 @@ def test_training_changes_every_parameter(photos, optimizer):
         run.train_step()
     changed = [k for k, v in run.model.state_dict().items() if not torch.equal(v, start[k])]
     assert len(changed) == len(start), "a parameter is not trained"
+
+
+def test_jumps_are_those_across_borders_alone():
+    error = torch.zeros(2, 3, 16, 16)
+    error[0, :, 8:] = 0.5  # a step at the border of two 8-px blocks
+    error[1, :, :, 7:] = 0.5  # one beside it, and beside those of 4-px patches
+    expected = [0.25 / 2, 0.0]  # nothing across columns
+    torch.testing.assert_close(border_jumps(error, 8), torch.tensor(expected))
+    expected = [0.25 / 3 / 2, 0.0]  # one of three lines
+    torch.testing.assert_close(border_jumps(error, 4), torch.tensor(expected))
+
+
+def test_the_border_weight_is_trained_on_and_not_logged(photos):
+    plain, weighted = trainer(photos), trainer(photos, border_weight=1.0)
+    for run in (plain, weighted):
+        run.train_step()  # the output is zero at first, and with it all that lies before
+    a, b = (run.train_step()[1] for run in (plain, weighted))
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0)
+    weights = [run.ema["final.linear.weight"] for run in (plain, weighted)]
+    assert not torch.equal(*weights)
 
 
 def test_an_export_is_a_checkpoint_with_its_history(photos, tmp_path):
