@@ -67,6 +67,13 @@ def reduce_bicubic(picture: Tensor) -> Tensor:
     return ((reduced.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
+def local_variance(lr: Tensor) -> Tensor:
+    """(B, 1, H, W) variance of the 3×3 pixels around each of (B, 3, H, W), mean of the channels."""
+    padded = F.pad(lr, (1, 1, 1, 1), mode="replicate")
+    variance = F.avg_pool2d(padded.square(), 3, 1) - F.avg_pool2d(padded, 3, 1).square()
+    return variance.mean(dim=1, keepdim=True).clamp(min=0)
+
+
 def condition(lr: Tensor, origin: tuple[int, int] = (0, 0)) -> Condition:
     """The condition of a model without CLIP for a low-resolution picture (B, 3, h, w)."""
     concat = F.interpolate(

@@ -2,7 +2,8 @@
 
 Takes the pictures named in photos.tsv from Debian's packages and every still picture of the given
 wheels (comfyui-workflow-templates-media-image and -video), reduces them so that they are crisp at
-the pixel, and writes OUT/train/*.npy and OUT/test/*.npy: (H, W, 3) uint8.
+the pixel, leaves out patterns that a quarter of the size does not show (hatchings, chequers: they
+teach noise on clear skies), and writes OUT/train/*.npy and OUT/test/*.npy: (H, W, 3) uint8.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
+
+from infdit_core.config import LR_SCALE
+from training.data import condition, local_variance, reduce_bicubic
 
 LIST = Path(__file__).with_name("photos.tsv")
 MAX_SIDE_PX = 2600
@@ -25,6 +31,11 @@ PHOTO_REDUCTION = 2.0
 """Camera photographs are soft at full size."""
 WEB_REDUCTION = 1.5
 """So are compressed web pictures, but they are small."""
+LEVEL = 1 / 127.5
+FLAT = (1.5 * LEVEL) ** 2
+"""Variance of neighbours at a quarter of the size, below which a place is flat."""
+HIDDEN = 10 * LEVEL
+"""Rms of what flat places may hide; photographs have 1 to 5 levels."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +84,21 @@ def save(path: Path, picture: Image.Image, reduction: float) -> None:
     if min(size) < MIN_SIDE_PX:
         logger.info("skipped %s: %s is too small", path.stem, picture.size)
         return
-    np.save(path, np.asarray(picture.resize(size, Image.Resampling.LANCZOS)))
+    pixels = np.array(picture.resize(size, Image.Resampling.LANCZOS))
+    if (found := hidden(pixels)) > HIDDEN:
+        logger.info("skipped %s: a pattern of %.0f levels", path.stem, found / LEVEL)
+        return
+    np.save(path, pixels)
+
+
+def hidden(pixels: np.ndarray) -> float:
+    """Rms in [-1, 1] of what a (H, W, 3) uint8 picture has where a quarter of its size is flat."""
+    height, width = (side // LR_SCALE * LR_SCALE for side in pixels.shape[:2])
+    picture = torch.from_numpy(pixels[:height, :width]).permute(2, 0, 1)[None] / 127.5 - 1
+    lr = reduce_bicubic(picture)
+    error = (condition(lr).concat - picture).square().mean(dim=1, keepdim=True)
+    flat = local_variance(lr) < FLAT
+    return F.avg_pool2d(error, LR_SCALE)[flat].mean().sqrt().item() if flat.any() else 0.0
 
 
 if __name__ == "__main__":

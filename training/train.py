@@ -26,20 +26,21 @@ from torch import Tensor, nn
 from infdit_core.checkpoint import load_model
 from infdit_core.condition import Condition
 from infdit_core.config import InfDiTConfig
-from infdit_core.edm import edm_sigmas, loss_weight
+from infdit_core.edm import edm_sigmas
 from infdit_core.model import InfDiT
 from infdit_core.sampling import sample
 from infdit_core.schedule import Full
 from training.data import Photos, condition, reduce_bicubic
 from training.degrade import reduce_realistic
 from training.initial import initialise, look_at_input
+from training.loss import edm_losses, local_weight, objective
 
 STATE = "state.pt"
 LOG = "log.csv"
 SAMPLE_SEED = 1
 DEGRADATIONS = ("bicubic", "realesrgan", "mixed")
 OPTIMIZERS = ("adamw", "muon")
-CHANGEABLE = ("total_steps", "p_mean", "p_std", "border_weight")
+CHANGEABLE = ("total_steps", "p_mean", "p_std", "local_weight", "border_weight")
 """Settings that are taken from the command line when a run is resumed."""
 LEVELS = (0.0, 0.1, 0.3, 1.0, math.inf)
 """Bounds of sigma between which the log averages the loss."""
@@ -66,8 +67,10 @@ class Settings:
     p_mean: float = -1.0
     p_std: float = 1.4
     lr_dropout: float = 0.07
+    local_weight: bool = False
+    """Let errors also weigh by what the LR picture tells of their place: `loss.local_weight`."""
     border_weight: float = 0.0
-    """Weight of `border_jumps`, beside the plain squared error's of 1."""
+    """Weight of `loss.border_jumps`, beside the plain squared error's of 1."""
     degradation: str = DEGRADATIONS[0]
     max_origin_blocks: int = 256
     optimizer: str = OPTIMIZERS[0]
@@ -128,7 +131,7 @@ class Trainer:
         """One update. Returns the sigmas (B,) and the weighted losses (B,)."""
         settings = self.settings
         picture = self.photos.batch(settings.batch_size, self.numpy)
-        cond = self._drop(condition(self._reduce(picture), self._origin()))
+        cond, kept = self._drop(condition(self._reduce(picture), self._origin()))
         normal = stratified_normal(settings.batch_size, self.torch)
         sigma = (settings.p_mean + settings.p_std * normal).exp()
         noise = torch.randn(picture.shape, generator=self.torch)
@@ -142,23 +145,21 @@ class Trainer:
                 noisy.to(self.device), sigma.to(self.device), self._to_device(cond), Full()
             )
         error = denoised.float() - picture.to(self.device)
-        weight = loss_weight(sigma).to(self.device)
-        losses = weight * error.square().mean(dim=(1, 2, 3))
-        (losses + self._border_losses(weight, error)).mean().backward()
+        self._objective(error, sigma.to(self.device), cond, kept).mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._average()
-        return sigma, losses.detach().cpu()
+        return sigma, edm_losses(error.detach().cpu(), sigma)
 
-    def _border_losses(self, weight: Tensor, error: Tensor) -> Tensor | float:
-        """(B,) the jumps of the error (B, 3, H, W) at borders of patches and of blocks."""
-        if not self.settings.border_weight:
-            return 0.0
-        periods = self.config.patch_size, self.config.block_px
-        return self.settings.border_weight * weight * sum(border_jumps(error, p) for p in periods)
+    def _objective(self, error: Tensor, sigma: Tensor, cond: Condition, kept: Tensor) -> Tensor:
+        known = None
+        if self.settings.local_weight:
+            known = (local_weight(cond.lr) * kept[:, None, None, None]).to(self.device)
+        borders = self.config.patch_size, self.config.block_px
+        return objective(error, sigma, known, borders, self.settings.border_weight)
 
     def _reduce(self, picture: Tensor) -> Tensor:
         """The LR pictures; of a mixed batch the first half is reduced bicubic."""
@@ -177,11 +178,13 @@ class Trainer:
         row, column = (int(n) * self.config.block_patches for n in blocks)
         return row, column
 
-    def _drop(self, cond: Condition) -> Condition:
-        """Without the LR picture now and then, as the paper trains."""
-        keep = torch.rand(cond.lr.shape[0], generator=self.torch) >= self.settings.lr_dropout
-        mask = keep.float()[:, None, None, None]
-        return Condition(cond.concat * mask, cond.lr * mask, self._vector(), cond.origin)
+    def _drop(self, cond: Condition) -> tuple[Condition, Tensor]:
+        """Without the LR picture now and then, as the paper trains; and (B,) 1 where it is kept."""
+        kept = (
+            torch.rand(cond.lr.shape[0], generator=self.torch) >= self.settings.lr_dropout
+        ).float()
+        mask = kept[:, None, None, None]
+        return Condition(cond.concat * mask, cond.lr * mask, self._vector(), cond.origin), kept
 
     def _vector(self) -> Tensor | None:
         """A model with CLIP is trained here as without its description, which is zero."""
@@ -255,22 +258,6 @@ def optimizers(model: InfDiT, settings: Settings) -> list[torch.optim.Optimizer]
             torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         )
     return found
-
-
-def border_jumps(error: Tensor, period_px: int) -> Tensor:
-    """(B,) mean squared jump of an error (B, C, H, W) across lines that are `period_px` apart.
-
-    Added to the squared error this is a squared error in another norm, of which the mean of the
-    posterior is the minimum just as well; but where the network falls short of that mean, both
-    sides of a border must fall short alike. A block knows the one before it and not the one after
-    it, so it is the later one that learns to close the gap.
-    """
-    jumps = []
-    for dim in (-2, -1):
-        lines = torch.arange(period_px, error.shape[dim], period_px, device=error.device)
-        jump = error.index_select(dim, lines) - error.index_select(dim, lines - 1)
-        jumps.append(jump.square().mean(dim=(1, 2, 3)))
-    return torch.stack(jumps).mean(dim=0)
 
 
 def stratified_normal(size: int, generator: torch.Generator) -> Tensor:

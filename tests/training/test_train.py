@@ -17,7 +17,6 @@ from training.train import (
     STATE,
     Settings,
     Trainer,
-    border_jumps,
     stratified_normal,
     write_log,
 )
@@ -72,16 +71,6 @@ def test_training_changes_every_parameter(photos, optimizer):
     assert len(changed) == len(start), "a parameter is not trained"
 
 
-def test_jumps_are_those_across_borders_alone():
-    error = torch.zeros(2, 3, 16, 16)
-    error[0, :, 8:] = 0.5  # a step at the border of two 8-px blocks
-    error[1, :, :, 7:] = 0.5  # one beside it, and beside those of 4-px patches
-    expected = [0.25 / 2, 0.0]  # nothing across columns
-    torch.testing.assert_close(border_jumps(error, 8), torch.tensor(expected))
-    expected = [0.25 / 3 / 2, 0.0]  # one of three lines
-    torch.testing.assert_close(border_jumps(error, 4), torch.tensor(expected))
-
-
 def test_the_border_weight_is_trained_on_and_not_logged(photos):
     plain, weighted = trainer(photos), trainer(photos, border_weight=1.0)
     for run in (plain, weighted):
@@ -89,6 +78,21 @@ def test_the_border_weight_is_trained_on_and_not_logged(photos):
     a, b = (run.train_step()[1] for run in (plain, weighted))
     torch.testing.assert_close(a, b, rtol=0.05, atol=0)
     weights = [run.ema["final.linear.weight"] for run in (plain, weighted)]
+    assert not torch.equal(*weights)
+
+
+def test_the_local_weight_is_not_given_to_dropped_pictures(photos):
+    """A dropped picture is black, and black is flat."""
+    first = [trainer(photos, lr_dropout=1.0, local_weight=flag) for flag in (False, True)]
+    for run in first:
+        run.train_step()
+    for name, value in first[0].model.state_dict().items():
+        assert torch.equal(value, first[1].model.state_dict()[name]), name
+    plain, weighted = trainer(photos, lr_dropout=0.0), trainer(photos, lr_dropout=0.0)
+    weighted.settings.local_weight = True
+    losses = [run.train_step()[1] for run in (plain, weighted)]
+    assert torch.equal(*losses), "logged is the loss of EDM"
+    weights = [run.model.state_dict()["final.linear.weight"] for run in (plain, weighted)]
     assert not torch.equal(*weights)
 
 
