@@ -7,6 +7,7 @@ from .checkpoint import CheckpointError, load_model
 from .condition import Condition
 from .config import InfDiTConfig
 from .edm import edm_sigmas
+from .errors import InfDiTError
 from .model import InfDiT
 from .planner import PlanError, plan
 from .prepare import Canvas, prepare
@@ -23,6 +24,7 @@ __all__ = [
     "Full",
     "InfDiT",
     "InfDiTConfig",
+    "InfDiTError",
     "LayerMajor",
     "PlanError",
     "Schedule",

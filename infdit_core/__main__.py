@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from torch import OutOfMemoryError
-
+from .adaptive import is_out_of_memory
 from .cli import build_parser
 from .commands import UsageError
+from .errors import InfDiTError
 
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(parser.prog, "interrupted", INTERRUPTED)
     except UsageError as error:
         parser.error(str(error))
-    # Every module reports what a user can mend by a ValueError; OSError is the file system's.
-    except (ValueError, OSError, ImportError, OutOfMemoryError) as error:
-        if args.debug:
-            raise
+    except Exception as error:
+        mendable = isinstance(error, InfDiTError | OSError | ImportError)
+        if args.debug or not (mendable or is_out_of_memory(error)):
+            raise  # with its traceback: a bug of ours must look like one
         return _report(parser.prog, f"error: {error}", USER_ERROR)
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import InfDiTConfig
+from .errors import InfDiTError
 from .model import InfDiT
 from .pickle_reader import TensorSlice, read_index, require_name
 
@@ -94,7 +95,7 @@ MODULE_NAMES = {
 """Modules and bare parameters: the release's name to ours; `{n}` is the layer."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InfDiTError):
     """A file that cannot be used; the message says which, what was expected and what came."""
 
 

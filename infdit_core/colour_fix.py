@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import InfDiTError
+
 COLOUR_FIXES = ("none", "wavelet", "adain", "lab")
 """wavelet: swaps what is coarser than about 32 px. adain: mean and deviation of red, green and
 blue. lab: mean and deviation in CIELAB."""
@@ -42,10 +44,10 @@ def fix_colours(image: Tensor, source: Tensor, method: str) -> Tensor:
         (only wavelet does) and a strip of rows.
 
     Raises:
-        ValueError: the method is unknown.
+        InfDiTError: the method is unknown.
     """
     if method not in COLOUR_FIXES:
-        raise ValueError(
+        raise InfDiTError(
             f"unknown colour fix {method!r}, expected one of {', '.join(COLOUR_FIXES)}"
         )
     if method == "none":

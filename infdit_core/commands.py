@@ -24,14 +24,15 @@ from .checkpoint import (
 from .colour_fix import fix_colours
 from .condition import Condition
 from .convert import convert
+from .errors import InfDiTError
 from .fp8 import use_fp8
 from .guidance import ClipGuide, read_clip
 from .host_memory import require_memory
-from .image_io import ImageError, check_writable, read_image, write_image
+from .image_io import check_writable, read_image, write_image
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
 from .model import InfDiT
 from .planner import describe, evaluation_flop, gigabytes, plans
-from .prepare import PreparationError, pass_sizes, prepare, target_size
+from .prepare import pass_sizes, prepare, target_size
 from .residual_cache import ResidualCache
 from .sampling import PRESETS, Preset, Step, sample
 from .schedule import BlockMajor, Full, LayerMajor, Schedule
@@ -86,7 +87,7 @@ def upscale(args: argparse.Namespace) -> int:
                     f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
                     " try block-major or layer-major with few --blocks"
                 ) from error
-        except (ImageError, PreparationError, CommandError) as error:
+        except InfDiTError as error:
             if args.debug or jobs.single or is_disk_full(error):
                 raise
             failed.append(source)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoint import clip_state_dict, open_checkpoint
+from .errors import InfDiTError
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +24,7 @@ _HEAD_WIDTH = 64
 _EXPECTED = "expected an open_clip ViT-L-14 file with the weights datacomp_xl_s13b_b90k"
 
 
-class GuidanceError(ValueError):
+class GuidanceError(InfDiTError):
     """A CLIP file or what is asked of it cannot be used."""
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import png16, tiff
+from .errors import InfDiTError
 from .host_memory import require_bytes
 from .metadata import Metadata, png_texts, read_metadata, save_options
 from .prepare import PreparationError
@@ -47,7 +48,7 @@ _MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
 _ORIENTATION_TAG = 0x0112
 
 
-class ImageError(ValueError):
+class ImageError(InfDiTError):
     """A picture file that cannot be read or written; the message says what was expected."""
 
 

@@ -7,12 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .errors import InfDiTError
 from .image_io import READABLE
 
 _SHOWN = 10
 
 
-class CommandError(ValueError):
+class CommandError(InfDiTError):
     """Something the user asked for that cannot be done."""
 
 

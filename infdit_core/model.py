@@ -18,6 +18,7 @@ from .attention import Attend, sdpa
 from .condition import Condition
 from .config import LR_SCALE, InfDiTConfig
 from .edm import preconditioning
+from .errors import InfDiTError
 from .grid import Chunk, Frontier, Grid
 from .layers import (
     FinalLayer,
@@ -99,12 +100,12 @@ class InfDiT(nn.Module):
         """The block grid of a picture (..., H, W) in pixels.
 
         Raises:
-            ValueError: a side is not a positive multiple of the block side.
+            InfDiTError: a side is not a positive multiple of the block side.
         """
         side = self.config.block_px
         height, width = x.shape[-2:]
         if height < 1 or width < 1 or height % side or width % side:
-            raise ValueError(
+            raise InfDiTError(
                 f"expected sides that are multiples of {side} px, got {height}×{width}"
             )
         return Grid(height // side, width // side)
@@ -165,7 +166,7 @@ class InfDiT(nn.Module):
             (B, 3, H, W) in the dtype of x.
 
         Raises:
-            ValueError: a shape does not fit.
+            InfDiTError: a shape does not fit.
         """
         evaluation = Evaluation(self, x, sigma, cond, lr_kv, dtype or x.dtype, progress, cache)
         evaluation.run(schedule or Full())
@@ -333,11 +334,11 @@ def _check(config: InfDiTConfig, x: Tensor, sigma: Tensor, cond: Condition) -> N
     }
     if config.vector_size:
         if cond.vector is None:
-            raise ValueError(
+            raise InfDiTError(
                 f"this model needs a CLIP embedding: expected vector {(batch, config.vector_size)},"
                 " got none"
             )
         expected["vector"] = (cond.vector, (batch, config.vector_size))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+            raise InfDiTError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .condition import Condition
 from .config import LR_SCALE, InfDiTConfig
+from .errors import InfDiTError
 from .grid import Chunk, Frontier, Grid
 from .live_bytes import LiveBytes
 from .model import Evaluation, InfDiT
@@ -40,7 +41,7 @@ _HOST_WEIGHTS_COST = 0.1
 """Guesses: moving tokens, pictures or weights between device and host, beside the computation."""
 
 
-class PlanError(ValueError):
+class PlanError(InfDiTError):
     """No schedule fits the memory."""
 
 

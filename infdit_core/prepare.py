@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from .condition import Condition
 from .config import LR_SCALE
+from .errors import InfDiTError
 
 MAX_SHRINK = 4
 """A smaller result would need more padding than picture."""
 
 
-class PreparationError(ValueError):
+class PreparationError(InfDiTError):
     """The picture or the size asked for cannot be worked on."""
 
 

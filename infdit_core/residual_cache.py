@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .errors import InfDiTError
 from .grid import Chunk, Grid
 
 
@@ -38,7 +39,7 @@ class ResidualCache:
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.tolerance < 0:
-            raise ValueError(
+            raise InfDiTError(
                 "expected at least 1 layer and a tolerance of at least 0,"
                 f" got {self.layers} and {self.tolerance}"
             )
@@ -53,10 +54,10 @@ class ResidualCache:
             num_layers: of the network.
 
         Raises:
-            ValueError: the network has no more layers than are to be left out.
+            InfDiTError: the network has no more layers than are to be left out.
         """
         if self.layers >= num_layers:
-            raise ValueError(
+            raise InfDiTError(
                 f"expected fewer layers to leave out than the model's {num_layers},"
                 f" got {self.layers}"
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .condition import Condition
 from .edm import RHO, partial_sigmas
+from .errors import InfDiTError
 from .model import InfDiT, Progress
 from .residual_cache import ResidualCache
 from .schedule import Full, Schedule
@@ -154,15 +155,15 @@ def sample(
         (B, 3, H, W) float32, about [-1, 1], not clipped.
 
     Raises:
-        ValueError: the solver is unknown, or the sigmas do not fall.
+        InfDiTError: the solver is unknown, or the sigmas do not fall.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}, expected one of {', '.join(SOLVERS)}")
+        raise InfDiTError(f"unknown solver {solver!r}, expected one of {', '.join(SOLVERS)}")
     levels = [float(s) for s in sigmas]
     if len(levels) < 2 or not all(b < a for a, b in pairwise(levels)):
-        raise ValueError(f"expected at least two falling sigmas, got {levels}")
+        raise InfDiTError(f"expected at least two falling sigmas, got {levels}")
     if levels[-1] < 0:
-        raise ValueError(f"expected sigmas of at least 0, got {levels[-1]}")
+        raise InfDiTError(f"expected sigmas of at least 0, got {levels[-1]}")
     schedule = schedule or Full()
     weight = model.final.linear.weight
     concat = cond.concat.to(schedule.pictures_device or weight.device, torch.float32)

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .errors import InfDiTError
 from .grid import Chunk, Frontier, Grid
 from .host_tokens import HostTokens
 
@@ -170,4 +171,4 @@ class LayerMajor:
 
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+        raise InfDiTError(f"{name}: expected at least 1, got {value}")

@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..infdit_core.colour_fix import fix_colours
+from ..infdit_core.errors import InfDiTError
 from ..infdit_core.prepare import Canvas
 from .pictures import (
     check_inputs,
@@ -20,7 +21,7 @@ from .pictures import (
     target,
 )
 from .schema_compat import schema
-from .types import CATEGORY, CanvasType, Guidance, require
+from .types import CATEGORY, CanvasType, Guidance, named_errors, require
 
 
 class InfDiTConditioning(io.ComfyNode):
@@ -66,6 +67,7 @@ class InfDiTConditioning(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors("Inf-DiT Conditioning")
     def execute(
         cls,
         model,
@@ -74,11 +76,10 @@ class InfDiTConditioning(io.ComfyNode):
         guidance: torch.Tensor | None = None,
         longest_edge: int = 0,
     ) -> io.NodeOutput:
-        node = "Inf-DiT Conditioning"
-        vectors = check_inputs(node, model, image, guidance)
-        size = target(node, image, upscale_by, longest_edge)
-        check_memory(node, model, size, at_once=image.shape[0])
-        canvas = prepare_canvas(node, model, image, size)
+        vectors = check_inputs(model, image, guidance)
+        size = target(image, upscale_by, longest_edge)
+        check_memory(model, size, at_once=image.shape[0])
+        canvas = prepare_canvas(model, image, size)
         concat, conditioning = conditioning_of(canvas.condition(vectors))
         return io.NodeOutput(conditioning, {"samples": concat}, canvas)
 
@@ -101,19 +102,19 @@ class InfDiTDecode(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors("Inf-DiT Decode")
     def execute(cls, samples: dict, canvas: Canvas, colour_fix: str = "none") -> io.NodeOutput:
-        node = "Inf-DiT Decode"
-        require(node, canvas, Canvas, "expected canvas from Inf-DiT Conditioning")
+        require(canvas, Canvas, "expected canvas from Inf-DiT Conditioning")
         latent = samples.get("samples") if isinstance(samples, dict) else samples
-        x = require(node, latent, torch.Tensor, "expected samples from a sampler")
+        x = require(latent, torch.Tensor, "expected samples from a sampler")
         expected = tuple(canvas.concat.shape)
         needs_batch = canvas.alpha is not None or colour_fix != "none"
         if x.shape[1:] != expected[1:] or (needs_batch and len(x) != expected[0]):
-            raise ValueError(
-                f"{node}: expected a latent of shape {expected}, from the sampler that"
+            raise InfDiTError(
+                f"expected a latent of shape {expected}, from the sampler that"
                 f" this canvas went to; got {tuple(x.shape)}"
             )
-        require_finite(node, x)
+        require_finite(x)
         picture = canvas.finish(x)
         if colour_fix != "none":
             picture = fix_colours(picture, canvas.source, colour_fix)

@@ -89,10 +89,10 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
     return patcher
 
 
-def require_infdit(node: str, model: object) -> None:
-    """Raise ValueError unless `model` is a MODEL that holds an Inf-DiT."""
+def require_infdit(model: object) -> None:
+    """Raise InfDiTError unless `model` is a MODEL that holds an Inf-DiT."""
     inner = getattr(model, "model", model)
-    require(node, inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
+    require(inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
 
 
 class InfDiTModelConfig(comfy.supported_models_base.BASE):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..infdit_core.guidance import GuidanceError
+from ..infdit_core.errors import InfDiTError
 from .clip import PatchedClip
 from .schema_compat import schema
-from .types import CATEGORY, Clip, Guidance, require, require_image
+from .types import CATEGORY, Clip, Guidance, named_errors, require, require_image
 
 
 class InfDiTGuidance(io.ComfyNode):
@@ -59,6 +59,7 @@ class InfDiTGuidance(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors("Inf-DiT CLIP Guidance")
     def execute(
         cls,
         clip: PatchedClip | None,
@@ -67,15 +68,10 @@ class InfDiTGuidance(io.ComfyNode):
         negative: str,
         text_strength: float,
     ) -> io.NodeOutput:
-        node = "Inf-DiT CLIP Guidance"
-        require_image(node, image)
+        require_image(image)
         if clip is None:
-            raise ValueError(
-                f"{node}: expected a CLIP tower; the model file has none."
-                " Connect Load Inf-DiT CLIP instead."
+            raise InfDiTError(
+                "expected a CLIP tower; the model file has none. Connect Load Inf-DiT CLIP instead."
             )
-        require(node, clip, PatchedClip, "expected clip from Load Inf-DiT CLIP")
-        try:
-            return io.NodeOutput(clip.vector(image, positive, negative, text_strength))
-        except GuidanceError as error:
-            raise ValueError(f"{node}: {error}") from error
+        require(clip, PatchedClip, "expected clip from Load Inf-DiT CLIP")
+        return io.NodeOutput(clip.vector(image, positive, negative, text_strength))

@@ -13,10 +13,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from ..infdit_core.errors import InfDiTError
 from .hidiffusion_patch import KEY, Mode, Patch
 from .hidiffusion_schedule import SD15, SDXL, SDXL_TURBO, Family, Ratios
 from .schema_compat import schema
-from .types import require
+from .types import named_errors, require
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class HiDiffusion(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors("HiDiffusion")
     def execute(
         cls,
         model,
@@ -168,26 +170,26 @@ class HiDiffusion(io.ComfyNode):
 
 
 def _family(model: Any, preset: str) -> Family:
-    """The kind of UNet that `model` is, by its blocks; ValueError if it is none of ours."""
-    require("HiDiffusion", model, ModelPatcher, "expected a MODEL")
+    """The kind of UNet that `model` is, by its blocks; InfDiTError if it is none of ours."""
+    require(model, ModelPatcher, "expected a MODEL")
     unet = model.get_model_object("diffusion_model")
     name = type(model.model).__name__
     if not isinstance(unet, UNetModel):
-        raise ValueError(
-            "HiDiffusion: expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got"
+        raise InfDiTError(
+            "expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got"
             f" {name}, whose network is a {type(unet).__name__}"
         )
     layout = _layout(unet)
     found = next((family for family in (SDXL, SD15) if family.layout == layout), None)
     if found is None:
-        raise ValueError(
-            f"HiDiffusion: expected the blocks of SDXL ({SDXL.layout}) or of SD 1.5 and SD 2.x"
+        raise InfDiTError(
+            f"expected the blocks of SDXL ({SDXL.layout}) or of SD 1.5 and SD 2.x"
             f" ({SD15.layout}); got {name} with the blocks {layout}"
         )
     chosen = _PRESETS.get(preset, found)
     if chosen.layout != layout:
-        raise ValueError(
-            f"HiDiffusion: expected an {chosen.name} model for the preset {preset}; got the blocks"
+        raise InfDiTError(
+            f"expected an {chosen.name} model for the preset {preset}; got the blocks"
             f" of {found.name}. The preset auto finds the right one."
         )
     # SD 2.1 for 768 px is the one with v-prediction.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import folder_paths
 import torch
@@ -12,15 +11,14 @@ from comfy_api.latest import io
 
 from ..infdit_core.checkpoint import (
     BUNDLED_FOLDER,
-    CheckpointError,
     clip_state_dict,
     open_checkpoint,
 )
-from ..infdit_core.guidance import GuidanceError, read_clip
+from ..infdit_core.guidance import read_clip
 from .clip import PatchedClip
 from .comfy_model import CLIP_ATTACHMENT, load_patcher
 from .schema_compat import schema
-from .types import CATEGORY, Clip, require
+from .types import CATEGORY, Clip, named_errors, require
 
 _FOLDER = "infdit"
 _EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
@@ -85,10 +83,11 @@ class InfDiTCheckpointLoader(io.ComfyNode):
         return _fingerprint([_FOLDER], model_name)
 
     @classmethod
+    @named_errors("Load Inf-DiT Checkpoint")
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        require("Load Inf-DiT Checkpoint", model_name, str, "expected model_name from the list")
+        require(model_name, str, "expected model_name from the list")
         path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
-        with _named_errors("Load Inf-DiT Checkpoint"), open_checkpoint(path) as checkpoint:
+        with open_checkpoint(path) as checkpoint:
             model = load_patcher(checkpoint, _DTYPES.get(weight_dtype), fp8=weight_dtype == _FP8)
             tower = clip_state_dict(checkpoint)
             clip = PatchedClip(tower) if tower is not None else None
@@ -141,14 +140,14 @@ class InfDiTCLIPLoader(io.ComfyNode):
         return _fingerprint(_CLIP_FOLDERS, clip_name)
 
     @classmethod
+    @named_errors("Load Inf-DiT CLIP")
     def execute(cls, clip_name: str) -> io.NodeOutput:
-        require("Load Inf-DiT CLIP", clip_name, str, "expected clip_name from the list")
+        require(clip_name, str, "expected clip_name from the list")
         folder = next(
             (f for f in _CLIP_FOLDERS if folder_paths.get_full_path(f, clip_name)), _FOLDER
         )
         path = folder_paths.get_full_path_or_raise(folder, clip_name)
-        with _named_errors("Load Inf-DiT CLIP"):
-            return io.NodeOutput(PatchedClip(read_clip(path)))
+        return io.NodeOutput(PatchedClip(read_clip(path)))
 
 
 def _fingerprint(folders: Sequence[str], name: str | None) -> str:
@@ -159,12 +158,3 @@ def _fingerprint(folders: Sequence[str], name: str | None) -> str:
         return ""
     status = os.stat(path)
     return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
-
-
-@contextmanager
-def _named_errors(node: str) -> Iterator[None]:
-    """Put the node's name before what is wrong with the user's file."""
-    try:
-        yield
-    except (CheckpointError, GuidanceError) as error:
-        raise ValueError(f"{node}: {error}") from error

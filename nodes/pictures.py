@@ -7,8 +7,9 @@ from comfy_api.latest import io
 
 from ..infdit_core.colour_fix import COLOUR_FIXES
 from ..infdit_core.condition import Condition
+from ..infdit_core.errors import InfDiTError
 from ..infdit_core.host_memory import require_memory
-from ..infdit_core.prepare import Canvas, PreparationError, check_image, prepare, target_size
+from ..infdit_core.prepare import Canvas, check_image, prepare, target_size
 from .comfy_model import CLIP_ATTACHMENT, require_infdit
 from .types import require, require_image
 
@@ -52,72 +53,54 @@ def picture_outputs() -> list:
     ]
 
 
-def check_inputs(
-    node: str, model, image: torch.Tensor, guidance: torch.Tensor | None
-) -> torch.Tensor | None:
+def check_inputs(model, image: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor | None:
     """Refuse what cannot work, and return the embeddings (B, vector_size) that the model needs."""
-    require_image(node, image)
-    try:
-        check_image(image)
-    except PreparationError as error:
-        raise ValueError(f"{node}: {error}") from error
-    require_infdit(node, model)
+    require_image(image)
+    check_image(image)
+    require_infdit(model)
     size = model.model.infdit_config.vector_size
     if size == 0:
         return None
-    vectors = _own_guidance(node, model, image, size) if guidance is None else guidance
-    require(node, vectors, torch.Tensor, "expected guidance from Inf-DiT CLIP Guidance")
+    vectors = _own_guidance(model, image, size) if guidance is None else guidance
+    require(vectors, torch.Tensor, "expected guidance from Inf-DiT CLIP Guidance")
     batch = image.shape[0]
     if vectors.shape[-1] != size or vectors.shape[0] not in (1, batch):
-        raise ValueError(
-            f"{node}: expected guidance of shape {(batch, size)}; got {tuple(vectors.shape)}"
-        )
+        raise InfDiTError(f"expected guidance of shape {(batch, size)}; got {tuple(vectors.shape)}")
     return vectors.expand(batch, size)
 
 
-def _own_guidance(node: str, model, image: torch.Tensor, size: int) -> torch.Tensor:
+def _own_guidance(model, image: torch.Tensor, size: int) -> torch.Tensor:
     """Embeddings by the CLIP tower that came in the model's file."""
     clip = model.get_attachment(CLIP_ATTACHMENT)
     if clip is None:
-        raise ValueError(
-            f"{node}: this model needs a CLIP embedding of {size} values and its file has no"
+        raise InfDiTError(
+            f"this model needs a CLIP embedding of {size} values and its file has no"
             " CLIP tower. Connect Load Inf-DiT CLIP -> Inf-DiT CLIP Guidance to guidance."
         )
     return clip.vector(image)
 
 
-def check_memory(
-    node: str, model, size: tuple[int, int], results: int = 0, at_once: int = 1
-) -> None:
+def check_memory(model, size: tuple[int, int], results: int = 0, at_once: int = 1) -> None:
     """Refuse results of (height, width) pixels that the main memory cannot hold."""
-    try:
-        require_memory(size, model.load_device, results, at_once)
-    except PreparationError as error:
-        raise ValueError(f"{node}: {error}") from error
+    require_memory(size, model.load_device, results, at_once)
 
 
-def prepare_canvas(node: str, model, image: torch.Tensor, size: tuple[int, int]) -> Canvas:
+def prepare_canvas(model, image: torch.Tensor, size: tuple[int, int]) -> Canvas:
     """Pictures (B, H, W, C) laid out for the model; `size` is (height, width) of the result."""
-    try:
-        return prepare(image, size=size, block_px=model.model.infdit_config.block_px)
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from error
+    return prepare(image, size=size, block_px=model.model.infdit_config.block_px)
 
 
-def target(node: str, image: torch.Tensor, upscale_by: float, longest_edge: int) -> tuple[int, int]:
+def target(image: torch.Tensor, upscale_by: float, longest_edge: int) -> tuple[int, int]:
     """(height, width) in pixels of the result of pictures (B, H, W, C)."""
     source = image.shape[1], image.shape[2]
-    try:
-        return target_size(source, longest_edge / max(source) if longest_edge else upscale_by)
-    except PreparationError as error:  # NaN passes ComfyUI's check of the range
-        raise ValueError(f"{node}: {error}") from error
+    return target_size(source, longest_edge / max(source) if longest_edge else upscale_by)
 
 
-def require_finite(node: str, samples: torch.Tensor) -> None:
+def require_finite(samples: torch.Tensor) -> None:
     """Refuse what a sampler made where it is no picture."""
     if not samples.isfinite().all():
-        raise ValueError(
-            f"{node}: expected finite pixels from the network; got NaN or infinity."
+        raise InfDiTError(
+            "expected finite pixels from the network; got NaN or infinity."
             " Load the model with weight_dtype bf16 or fp32, or take another sampler."
         )
 

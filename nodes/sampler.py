@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from ..infdit_core.colour_fix import fix_colours
 from ..infdit_core.condition import Condition
 from ..infdit_core.edm import SIGMA_MIN
+from ..infdit_core.errors import InfDiTError
 from ..infdit_core.prepare import pass_sizes
 from ..infdit_core.sampling import PRESETS, SOLVERS, Step
 from .comfy_model import PLAN, PROGRESS
@@ -31,7 +32,7 @@ from .pictures import (
 )
 from .progress import SamplingProgress
 from .schema_compat import schema
-from .types import CATEGORY, Guidance, require
+from .types import CATEGORY, Guidance, named_errors, require
 
 _MAX_SEED = 2**64 - 1
 
@@ -122,6 +123,7 @@ class InfDiTSampler(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors("Inf-DiT Upscale")
     def execute(
         cls,
         model,
@@ -137,18 +139,17 @@ class InfDiTSampler(io.ComfyNode):
         sampler: comfy.samplers.Sampler | None = None,
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        node = "Inf-DiT Upscale"
         if sigmas is not None:
-            _check_sigmas(node, sigmas)
+            _check_sigmas(sigmas)
         if math.isnan(denoise):  # which passes ComfyUI's check of the range
-            raise ValueError(f"{node}: expected denoise in 0..1; got {denoise}")
+            raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
         if sampler is not None:
-            require(node, sampler, comfy.samplers.Sampler, "expected a SAMPLER")
-        vectors = check_inputs(node, model, image, guidance)
+            require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
+        vectors = check_inputs(model, image, guidance)
         sizes = pass_sizes(
-            (image.shape[1], image.shape[2]), target(node, image, upscale_by, longest_edge)
+            (image.shape[1], image.shape[2]), target(image, upscale_by, longest_edge)
         )
-        check_memory(node, model, sizes[-1], results=image.shape[0])
+        check_memory(model, sizes[-1], results=image.shape[0])
         chosen = PRESETS[preset]
         if preset == "exact":
             chosen = chosen._replace(steps=steps)
@@ -166,7 +167,7 @@ class InfDiTSampler(io.ComfyNode):
         for i, picture in enumerate(image.split(1)):
             vector = None if vectors is None else vectors[i : i + 1]
             for size in sizes:
-                canvas = prepare_canvas(node, model, picture, size)
+                canvas = prepare_canvas(model, picture, size)
                 samples = canvas.concat
                 if steps:
                     samples = _sample(
@@ -178,7 +179,7 @@ class InfDiTSampler(io.ComfyNode):
                         options,
                         progress.step,
                     )
-                require_finite(node, samples)
+                require_finite(samples)
                 picture = canvas.finish(samples)
             results.append(fix_colours(picture, image[i : i + 1], colour_fix))
         return picture_output(torch.cat(results))
@@ -220,19 +221,19 @@ def _sample(
     return samples.to(comfy.model_management.intermediate_device())
 
 
-def _check_sigmas(node: str, sigmas: torch.Tensor) -> None:
+def _check_sigmas(sigmas: torch.Tensor) -> None:
     """Refuse noise levels that make no picture."""
-    require(node, sigmas, torch.Tensor, "expected SIGMAS")
+    require(sigmas, torch.Tensor, "expected SIGMAS")
     levels = sigmas.flatten().tolist()
     falling = all(b < a for a, b in pairwise(levels))  # False with NaN
     if sigmas.ndim != 1 or len(levels) < 2 or not (falling and math.isfinite(levels[0])):
         found = ", ".join(f"{level:.4g}" for level in levels[:8]) or "none"
-        raise ValueError(
-            f"{node}: expected sigmas that fall, at least two;"
+        raise InfDiTError(
+            f"expected sigmas that fall, at least two;"
             f" got {tuple(sigmas.shape)}: {found}{', ...' if len(levels) > 8 else ''}"
         )
     if not 0 <= levels[-1] <= SIGMA_MIN:
-        raise ValueError(
-            f"{node}: expected sigmas that end in 0, so that no noise is left; got {levels[-1]:.4g}"
+        raise InfDiTError(
+            f"expected sigmas that end in 0, so that no noise is left; got {levels[-1]:.4g}"
             " at the end. Sampling in parts needs Inf-DiT Conditioning and Inf-DiT Decode."
         )

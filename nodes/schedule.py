@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..infdit_core.errors import InfDiTError
 from ..infdit_core.schedule import BlockMajor, Full, LayerMajor
 from .comfy_model import MEMORY, REUSE_LAYERS, SCHEDULE, require_infdit
 from .schema_compat import schema
-from .types import CATEGORY
+from .types import CATEGORY, named_errors
 
 _AUTO, _FULL, _BLOCKS, _LAYERS = "auto", "whole picture", "block by block", "layer by layer"
 
@@ -72,6 +73,7 @@ class InfDiTSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors("Inf-DiT Schedule")
     def execute(
         cls,
         model,
@@ -81,12 +83,11 @@ class InfDiTSchedule(io.ComfyNode):
         memory_gb: float,
         reuse_layers: int = 0,
     ) -> io.NodeOutput:
-        require_infdit("Inf-DiT Schedule", model)
+        require_infdit(model)
         layers = model.model.infdit_config.num_layers
         if reuse_layers >= layers:
-            raise ValueError(
-                f"Inf-DiT Schedule: expected reuse_layers below the {layers} layers of this model;"
-                f" got {reuse_layers}"
+            raise InfDiTError(
+                f"expected reuse_layers below the {layers} layers of this model; got {reuse_layers}"
             )
         model = model.clone()
         options = model.model_options.setdefault("transformer_options", {})

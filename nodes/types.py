@@ -1,9 +1,13 @@
 """The pack's own socket types, and what its nodes share in talking to users."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from comfy_api.latest import io
+
+from ..infdit_core.errors import InfDiTError
 
 CATEGORY = "image/upscaling/Inf-DiT"
 
@@ -18,22 +22,33 @@ CanvasType = io.Custom("INFDIT_CANVAS")
 _T = TypeVar("_T")
 
 
-def require(node: str, value: object, kind: type[_T], message: str) -> _T:
-    """The value of an input; ValueError with `message`, and what came, unless it is a `kind`.
+@contextmanager
+def named_errors(node: str) -> Iterator[None]:
+    """Put the display name of a node before an error that the user can mend.
+
+    Also a decorator, for `execute`.
+    """
+    try:
+        yield
+    except InfDiTError as error:
+        raise ValueError(f"{node}: {error}") from error
+
+
+def require(value: object, kind: type[_T], message: str) -> _T:
+    """The value of an input; InfDiTError with `message`, and what came, unless it is a `kind`.
 
     Over the API a socket can be given a plain value, which ComfyUI does not check.
     """
     if not isinstance(value, kind):
-        raise ValueError(f"{node}: {message}; got {type(value).__name__}")
+        raise InfDiTError(f"{message}; got {type(value).__name__}")
     return value
 
 
-def require_image(node: str, image: torch.Tensor) -> None:
-    """Raise ValueError unless `image` is (B, H, W, C) with something in it."""
-    require(node, image, torch.Tensor, "expected an IMAGE")
+def require_image(image: torch.Tensor) -> None:
+    """Raise InfDiTError unless `image` is (B, H, W, C) with something in it."""
+    require(image, torch.Tensor, "expected an IMAGE")
     shape = tuple(image.shape)
     if image.ndim != 4 or min(shape) < 1 or shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            f"{node}: expected an image of shape (batch, height, width, 1, 3 or 4 channels);"
-            f" got {shape}"
+        raise InfDiTError(
+            f"expected an image of shape (batch, height, width, 1, 3 or 4 channels); got {shape}"
         )

@@ -441,3 +441,12 @@ def test_memory_goes_with_auto(models, picture, tmp_path, capsys):
         )  # fmt: skip
     assert exit_.value.code == 2
     assert "--memory goes with --schedule auto" in capsys.readouterr().err
+
+
+def test_a_bug_of_ours_is_not_told_as_a_mistake_of_the_user(monkeypatch):
+    def bug(args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("infdit_core.cli.inspect", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["inspect", "model.safetensors"])
