@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, load_model
-from infdit_core.checkpoint import BUNDLED_FOLDER
-from infdit_core.condition import Condition
-from infdit_core.fp8 import use_fp8
-from infdit_core.planner import plan
-from infdit_core.residual_cache import ResidualCache
+from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
+from infdit_core.memory.planner import plan
+from infdit_core.network.condition import Condition
+from infdit_core.network.fp8 import use_fp8
+from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.sampling import PRESETS, sample
 from training.data import Photos, condition, reduce_bicubic
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from infdit_core import layers
-from infdit_core.condition import Condition
-from infdit_core.config import LR_SCALE, InfDiTConfig
-from infdit_core.live_bytes import LiveBytes
-from infdit_core.model import InfDiT
-from infdit_core.planner import describe, evaluation_bytes, evaluation_flop, grid_of
-from infdit_core.schedule import BlockMajor, Full, LayerMajor, Schedule
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
+from infdit_core.memory.live_bytes import LiveBytes
+from infdit_core.memory.planner import describe, evaluation_bytes, evaluation_flop, grid_of
+from infdit_core.network import layers
+from infdit_core.network.condition import Condition
+from infdit_core.network.config import LR_SCALE, InfDiTConfig
+from infdit_core.network.model import InfDiT
 
 RESULTS = Path(__file__).with_name("results")
 CONFIGS = {

@@ -60,8 +60,10 @@ def load_pack(device: torch.device) -> tuple[ModuleType, ModuleType]:
     assert spec.loader is not None
     pack = sys.modules["comfyui_infdit"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
-    names = ("hidiffusion_patch", "hidiffusion_schedule")
-    hooks, rules = (importlib.import_module(f"comfyui_infdit.nodes.{name}") for name in names)
+    names = ("hooks", "rules")
+    hooks, rules = (
+        importlib.import_module(f"comfyui_infdit.nodes.hidiffusion.{name}") for name in names
+    )
     return hooks, rules
 
 

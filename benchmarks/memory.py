@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from infdit_core.planner import describe, evaluation_bytes, grid_of, plans
-from infdit_core.schedule import BlockMajor, Full, LayerMajor
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.memory.planner import describe, evaluation_bytes, grid_of, plans
 
 from .evaluation import CONFIGS, RESULTS
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from infdit_core.config import LR_SCALE
+from infdit_core.network.config import LR_SCALE
 from training.data import reduce_bicubic
 from training.degrade import reduce_realistic
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from infdit_core.config import LR_SCALE
+from infdit_core.network.config import LR_SCALE
 
 from .quality_data import bicubic, degrade, to_tensor
 

@@ -3,16 +3,16 @@
 The names below are the public interface; they do not change without a major version.
 """
 
-from .checkpoint import CheckpointError, load_model
-from .condition import Condition
-from .config import InfDiTConfig
+from .blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
+from .checkpoints.checkpoint import CheckpointError, load_model
 from .edm import edm_sigmas
 from .errors import InfDiTError
-from .model import InfDiT
-from .planner import PlanError, plan
-from .prepare import Canvas, prepare
+from .memory.planner import PlanError, plan
+from .network.condition import Condition
+from .network.config import InfDiTConfig
+from .network.model import InfDiT
+from .pictures.prepare import Canvas, prepare
 from .sampling import PRESETS, SOLVERS, Step, sample
-from .schedule import BlockMajor, Full, LayerMajor, Schedule
 
 __all__ = [
     "PRESETS",

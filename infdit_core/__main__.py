@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from .adaptive import is_out_of_memory
-from .cli import build_parser
-from .commands import UsageError
+from .cli.commands import UsageError
+from .cli.parser import build_parser
 from .errors import InfDiTError
+from .memory.adaptive import is_out_of_memory
 
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .condition import Condition
+from .blocks.schedules import Full, Schedule
 from .edm import RHO, partial_sigmas
 from .errors import InfDiTError
-from .model import InfDiT, Progress
-from .residual_cache import ResidualCache
-from .schedule import Full, Schedule
+from .network.condition import Condition
+from .network.model import InfDiT, Progress
+from .network.residual_cache import ResidualCache
 
 Denoise = Callable[[Tensor, float], Tensor]
 

@@ -2,12 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .advanced import InfDiTConditioning, InfDiTDecode
-from .guidance import InfDiTGuidance
-from .hidiffusion import HiDiffusion
-from .loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
-from .sampler import InfDiTSampler
-from .schedule import InfDiTSchedule
+from .hidiffusion.node import HiDiffusion
+from .infdit.advanced import InfDiTConditioning, InfDiTDecode
+from .infdit.guidance import InfDiTGuidance
+from .infdit.loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
+from .infdit.sampler import InfDiTSampler
+from .infdit.schedule import InfDiTSchedule
 
 
 class InfDiTExtension(ComfyExtension):

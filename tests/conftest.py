@@ -44,7 +44,7 @@ class Comfy:
     """ComfyUI's models folder, empty at first."""
 
     def module(self, name: str) -> ModuleType:
-        """A module of the pack, such as "nodes.comfy_model" or "infdit_core.model"."""
+        """A module of the pack, such as "nodes.infdit.loader" or "infdit_core.edm"."""
         return importlib.import_module(f"{PACKAGE}.{name}")
 
 

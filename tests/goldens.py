@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from infdit_core.checkpoint import network_state_dict, open_checkpoint, read_config
-from infdit_core.condition import Condition
-from infdit_core.config import InfDiTConfig
-from infdit_core.model import InfDiT
+from infdit_core.checkpoints.checkpoint import network_state_dict, open_checkpoint, read_config
+from infdit_core.network.condition import Condition
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import InfDiT
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infdit_core.cli import build_parser
+from infdit_core.cli.parser import build_parser
 from tests.nodes.schemas import read_golden
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,7 @@ def section(title: str) -> str:
 def messages() -> str:
     """Every text in the shipped sources, one a line, with "{}" for what is put into it."""
     found = []
-    for path in [*ROOT.glob("nodes/*.py"), *ROOT.glob("infdit_core/*.py")]:
+    for path in [*ROOT.glob("nodes/**/*.py"), *ROOT.glob("infdit_core/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from infdit_core.condition import Condition
-from infdit_core.config import LR_SCALE
+from infdit_core.network.condition import Condition
+from infdit_core.network.config import LR_SCALE
 
 FLAT = 2.0
 """Detail in levels below which a crop is drawn again, once."""

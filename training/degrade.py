@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from infdit_core.config import LR_SCALE
+from infdit_core.network.config import LR_SCALE
 
 Range = tuple[float, float]
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infdit_core.checkpoint import load_model
-from infdit_core.config import InfDiTConfig
-from infdit_core.model import InfDiT
+from infdit_core.checkpoints.checkpoint import load_model
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import InfDiT
 from training.data import Photos, condition, reduce_bicubic
 from training.degrade import reduce_realistic
 from training.train import STATE

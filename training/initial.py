@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from infdit_core.layers import Layer
-from infdit_core.model import InfDiT
+from infdit_core.network.layers import Layer
+from infdit_core.network.model import InfDiT
 
 LR_PEAK = 6.0
 """Logit of the row, and of the column, that a query of the cross attention starts to look at."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from infdit_core.config import LR_SCALE
 from infdit_core.edm import loss_weight
+from infdit_core.network.config import LR_SCALE
 from training.data import local_variance
 
 EXACT = 1.5 / 127.5

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from infdit_core.config import LR_SCALE
+from infdit_core.network.config import LR_SCALE
 from training.data import condition, local_variance, reduce_bicubic
 
 LIST = Path(__file__).with_name("photos.tsv")

@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from infdit_core.checkpoint import load_model
-from infdit_core.condition import Condition
-from infdit_core.config import InfDiTConfig
+from infdit_core.blocks.schedules import Full
+from infdit_core.checkpoints.checkpoint import load_model
 from infdit_core.edm import edm_sigmas
-from infdit_core.model import InfDiT
+from infdit_core.network.condition import Condition
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import InfDiT
 from infdit_core.sampling import sample
-from infdit_core.schedule import Full
 from training.data import Photos, condition, reduce_bicubic
 from training.degrade import reduce_realistic
 from training.initial import initialise, look_at_input

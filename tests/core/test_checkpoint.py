@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infdit_core.checkpoint import (
+from infdit_core.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     check,
@@ -22,9 +22,9 @@ from infdit_core.checkpoint import (
     read_config,
     release_state_dict,
 )
-from infdit_core.config import InfDiTConfig
-from infdit_core.model import InfDiT
-from infdit_core.pickle_reader import read_index
+from infdit_core.checkpoints.pickle_reader import read_index
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import InfDiT
 from tests.goldens import golden_names, golden_path, save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"

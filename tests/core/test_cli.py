@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from infdit_core import edm_sigmas, load_model, prepare, sample
 from infdit_core.__main__ import main
-from infdit_core.colour_fix import fix_colours
-from infdit_core.guidance import ClipGuide
-from infdit_core.image_io import read_image
+from infdit_core.clip import ClipGuide
+from infdit_core.pictures.colour_fix import fix_colours
+from infdit_core.pictures.files import read_image
 from tests.goldens import golden, golden_path
 
 FAST = ["--steps", "2", "--solver", "euler", "--device", "cpu"]
@@ -280,7 +280,7 @@ def test_interrupted(models, picture, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("infdit_core.commands.sample", interrupt)
+    monkeypatch.setattr("infdit_core.cli.commands.sample", interrupt)
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 130
     assert capsys.readouterr().err == "infdit: interrupted\n"
     assert not (tmp_path / "a.png").exists()
@@ -290,13 +290,13 @@ def test_out_of_memory_names_the_way_out(models, picture, tmp_path, monkeypatch,
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("infdit_core.commands.sample", too_large)
+    monkeypatch.setattr("infdit_core.cli.commands.sample", too_large)
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
     fails(capsys, "photo.jpg", "too small for --schedule auto", "block-major or layer-major")
 
 
 def test_out_of_memory_on_the_cpu(models, picture, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("infdit_core.commands.sample", lambda *a, **k: torch.empty(2**55))
+    monkeypatch.setattr("infdit_core.cli.commands.sample", lambda *a, **k: torch.empty(2**55))
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
     fails(capsys, "the memory of cpu is too small for --schedule auto")
 
@@ -447,6 +447,6 @@ def test_a_bug_of_ours_is_not_told_as_a_mistake_of_the_user(monkeypatch):
     def bug(args):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("infdit_core.cli.inspect", bug)
+    monkeypatch.setattr("infdit_core.cli.parser.inspect", bug)
     with pytest.raises(ValueError, match="a bug"):
         main(["inspect", "model.safetensors"])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from infdit_core import colour_fix
-from infdit_core.colour_fix import COLOUR_FIXES, fix_colours, from_lab, to_lab
+from infdit_core.pictures import colour_fix
+from infdit_core.pictures.colour_fix import COLOUR_FIXES, fix_colours, from_lab, to_lab
 
 FIXES = [method for method in COLOUR_FIXES if method != "none"]
 

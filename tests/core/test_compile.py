@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from infdit_core.rope import rotary_factors, rotate
-from infdit_core.schedule import BlockMajor, Full, LayerMajor
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.network.rope import rotary_factors, rotate
 from tests.goldens import golden_model, random_condition
 
 HAS_COMPILER = shutil.which("g++") is not None

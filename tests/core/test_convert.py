@@ -13,9 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from infdit_core import convert as convert_module
-from infdit_core.checkpoint import Checkpoint, CheckpointError, load_model, open_checkpoint
-from infdit_core.convert import convert
+from infdit_core.checkpoints import convert as convert_module
+from infdit_core.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_model,
+    open_checkpoint,
+)
+from infdit_core.checkpoints.convert import convert
 from tests.goldens import save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"

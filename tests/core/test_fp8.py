@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from infdit_core.fp8 import DTYPE, Fp8Linear, use_fp8
-from infdit_core.schedule import LayerMajor
+from infdit_core.blocks.schedules import LayerMajor
+from infdit_core.network.fp8 import DTYPE, Fp8Linear, use_fp8
 from tests.goldens import golden_model, random_condition
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from infdit_core.guidance import ClipGuide, GuidanceError, read_clip
+from infdit_core.clip import ClipGuide, GuidanceError, read_clip
 from tests.goldens import GOLDEN, SHARED
 
 TOWER = GOLDEN / "e_clip" / "tiny_clip.safetensors"

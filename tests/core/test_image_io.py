@@ -10,8 +10,14 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from infdit_core import png16
-from infdit_core.image_io import ImageError, ImageInfo, check_writable, read_image, write_image
+from infdit_core.pictures import png16
+from infdit_core.pictures.files import (
+    ImageError,
+    ImageInfo,
+    check_writable,
+    read_image,
+    write_image,
+)
 
 RNG = np.random.default_rng(0)
 

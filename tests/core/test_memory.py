@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from infdit_core.grid import Grid
-from infdit_core.live_bytes import LiveBytes
-from infdit_core.schedule import BlockMajor, Full, LayerMajor
+from infdit_core.blocks.grid import Grid
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.memory.live_bytes import LiveBytes
 from tests.goldens import golden_model, random_condition
 
 GRID = Grid(4, 16)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from einops import rearrange
 
-from infdit_core.attention import sdpa
-from infdit_core.layers import time_features
+from infdit_core.network.attention import sdpa
+from infdit_core.network.layers import time_features
 from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
 
 ATOL = 1e-5
@@ -153,8 +153,8 @@ def test_every_intermediate_equals_the_release(name):
 
 def hidden_states(model, x, sigma, cond) -> list[torch.Tensor]:
     """The residual stream after each layer."""
-    from infdit_core.grid import Frontier
-    from infdit_core.model import Evaluation
+    from infdit_core.blocks.grid import Frontier
+    from infdit_core.network.model import Evaluation
 
     c_in = (sigma**2 + 0.25).rsqrt()[:, None, None, None]
     evaluation = Evaluation(model, x * c_in, sigma, cond, None, torch.float32)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infdit_core.checkpoint import CheckpointError, check, open_checkpoint, read_config
-from infdit_core.pickle_reader import MAX_PICKLE_OPCODES, read_pickle
+from infdit_core.checkpoints.checkpoint import CheckpointError, check, open_checkpoint, read_config
+from infdit_core.checkpoints.pickle_reader import MAX_PICKLE_OPCODES, read_pickle
 
 GOLDEN_PT = Path(__file__).parents[1] / "golden" / "xs" / "mp_rank_00_model_states.pt"
 

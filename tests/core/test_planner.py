@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from infdit_core.adaptive import Adaptive, is_out_of_memory
-from infdit_core.config import InfDiTConfig
+from infdit_core.blocks.grid import Grid
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
-from infdit_core.grid import Grid
-from infdit_core.live_bytes import LiveBytes
-from infdit_core.planner import (
+from infdit_core.memory.adaptive import Adaptive, is_out_of_memory
+from infdit_core.memory.live_bytes import LiveBytes
+from infdit_core.memory.planner import (
     PlanError,
     describe,
     evaluation_bytes,
@@ -20,9 +20,9 @@ from infdit_core.planner import (
     plans,
     weight_bytes,
 )
-from infdit_core.residual_cache import ResidualCache
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.sampling import sample
-from infdit_core.schedule import BlockMajor, Full, LayerMajor
 from tests.goldens import golden_model, random_condition
 
 RELEASED = InfDiTConfig(
@@ -117,7 +117,7 @@ class OutOfMemoryAt:
     """Lets the n-th cell of a model fail for want of memory."""
 
     def __init__(self, monkeypatch, cell: int) -> None:
-        from infdit_core.model import Evaluation
+        from infdit_core.network.model import Evaluation
 
         self.calls, layer = 0, Evaluation.layer
 

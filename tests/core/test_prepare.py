@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from infdit_core.prepare import PreparationError, pass_sizes, prepare, target_size
+from infdit_core.pictures.prepare import PreparationError, pass_sizes, prepare, target_size
 from tests.goldens import golden, golden_names
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from infdit_core.config import InfDiTConfig
-from infdit_core.model import InfDiT
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import InfDiT
 from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
 
 RELEASED = InfDiTConfig(

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
-from infdit_core.residual_cache import ResidualCache
+from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.sampling import sample
-from infdit_core.schedule import BlockMajor, Full, LayerMajor
 from tests.goldens import golden_model, random_condition
 
 

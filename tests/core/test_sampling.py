@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from infdit_core.blocks.schedules import BlockMajor
 from infdit_core.edm import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -14,7 +15,6 @@ from infdit_core.edm import (
     preconditioning,
 )
 from infdit_core.sampling import PRESETS, SOLVERS, Preset, sample
-from infdit_core.schedule import BlockMajor
 from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
 
 

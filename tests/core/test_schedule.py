@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 
+from infdit_core.blocks.grid import Grid
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
-from infdit_core.grid import Grid
 from infdit_core.sampling import sample
-from infdit_core.schedule import BlockMajor, Full, LayerMajor
 from tests.goldens import golden_model, random_condition
 
 GRIDS = [(1, 1), (2, 3), (3, 5), (4, 4), (1, 7), (7, 1)]

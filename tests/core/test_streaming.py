@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from infdit_core.adaptive import Adaptive
+from infdit_core.blocks.host_tokens import HostTokens
+from infdit_core.blocks.schedules import Full, LayerMajor
 from infdit_core.edm import edm_sigmas
-from infdit_core.host_tokens import HostTokens
-from infdit_core.model import Evaluation
-from infdit_core.planner import Plan, streamed_weight_bytes, weight_bytes
+from infdit_core.memory.adaptive import Adaptive
+from infdit_core.memory.planner import Plan, streamed_weight_bytes, weight_bytes
+from infdit_core.network.model import Evaluation
 from infdit_core.sampling import sample
-from infdit_core.schedule import Full, LayerMajor
 from tests.goldens import golden_model, random_condition
 
 

@@ -9,13 +9,13 @@ from tests.hidiffusion.models import DEFAULTS, base_model, unet_arguments, unet_
 @pytest.fixture(scope="session")
 def hi(comfy):
     """The module with the hooks."""
-    return comfy.module("nodes.hidiffusion_patch")
+    return comfy.module("nodes.hidiffusion.hooks")
 
 
 @pytest.fixture(scope="session")
 def rules(comfy):
     """The module with the schedule, as the hooks use it."""
-    return comfy.module("nodes.hidiffusion_schedule")
+    return comfy.module("nodes.hidiffusion.rules")
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def test_a_preset_of_another_family_is_an_error(comfy, apply):
 
 
 def test_every_input_and_output_has_a_tooltip(comfy):
-    schema = comfy.module("nodes.hidiffusion").HiDiffusion.define_schema()
+    schema = comfy.module("nodes.hidiffusion.node").HiDiffusion.define_schema()
     assert [i.id for i in schema.inputs] == ["model", *DEFAULTS]
     assert {i.id: i.default for i in schema.inputs[1:]} == DEFAULTS
     assert all(i.tooltip and i.tooltip.endswith(".") for i in [*schema.inputs, *schema.outputs])

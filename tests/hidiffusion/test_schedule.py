@@ -13,9 +13,9 @@ from tests.goldens import golden_path
 
 # The package `nodes` around it imports ComfyUI; this module does not.
 _SPEC = importlib.util.spec_from_file_location(
-    "hidiffusion_schedule", ROOT / "nodes" / "hidiffusion_schedule.py"
+    "hidiffusion_rules", ROOT / "nodes" / "hidiffusion" / "rules.py"
 )
-schedule = sys.modules["hidiffusion_schedule"] = importlib.util.module_from_spec(_SPEC)
+schedule = sys.modules["hidiffusion_rules"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(schedule)
 SDXL, SDXL_TURBO, SD15 = schedule.SDXL, schedule.SDXL_TURBO, schedule.SD15
 

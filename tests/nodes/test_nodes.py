@@ -80,7 +80,7 @@ def test_the_seed_chooses_the_picture(load, upscale):
 
 @pytest.mark.parametrize("preset", ["fast", "draft"])
 def test_presets_take_fewer_evaluations(comfy, load, upscale, monkeypatch, preset):
-    evaluation = comfy.module("infdit_core.model").Evaluation
+    evaluation = comfy.module("infdit_core.network.model").Evaluation
     run, runs = evaluation.run, []
 
     def counted(self, schedule):
@@ -104,7 +104,10 @@ def test_every_weight_dtype_runs(load, upscale, dtype):
 
 
 def test_the_schedule_in_transformer_options_is_used(comfy, load, upscale):
-    keys, schedule = comfy.module("nodes.comfy_model"), comfy.module("infdit_core.schedule")
+    keys, schedule = (
+        comfy.module("nodes.infdit.comfy_model"),
+        comfy.module("infdit_core.blocks.schedules"),
+    )
     model, image = load("tiny")[0], torch.rand(1, 20, 12, 3)
     exact = upscale(model, image, 4.0)
     chunked, seen = model.clone(), []
@@ -174,7 +177,7 @@ def test_8_bit_layers_are_loaded_sampled_and_smaller(comfy, load, upscale):
 def test_out_of_memory_takes_a_smaller_plan_and_goes_on(comfy, load, upscale, monkeypatch, caplog):
     model, image = load("tiny")[0], torch.rand(1, 20, 30, 3)
     expected = upscale(model, image, 4.0)
-    evaluation = comfy.module("infdit_core.model").Evaluation
+    evaluation = comfy.module("infdit_core.network.model").Evaluation
     layer, calls = evaluation.layer, []
 
     def fails_once(self, *args):
@@ -209,7 +212,7 @@ def test_progress_per_chunk_and_a_preview_per_step(load, upscale, bar):
 
 
 def test_a_preview_is_small_and_shows_the_picture(comfy):
-    preview_image = comfy.module("nodes.progress").preview_image
+    preview_image = comfy.module("nodes.infdit.progress").preview_image
     white_left = -torch.ones(1, 3, 1000, 2000)
     white_left[..., :1000] = 1
     picture = preview_image(white_left)
@@ -220,7 +223,7 @@ def test_a_preview_is_small_and_shows_the_picture(comfy):
 
 def test_cancelling_takes_effect_at_the_next_chunk(comfy, load, upscale, monkeypatch):
     management = importlib.import_module("comfy.model_management")
-    layers = comfy.module("infdit_core.model").Evaluation
+    layers = comfy.module("infdit_core.network.model").Evaluation
     done, layer = [], layers.layer
 
     def counted(self, *args):

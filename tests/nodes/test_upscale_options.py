@@ -20,7 +20,7 @@ def image() -> torch.Tensor:
 @pytest.fixture
 def evaluations(comfy, monkeypatch) -> list:
     """Grows by one with every evaluation of the network."""
-    net = comfy.module("infdit_core.model").InfDiT
+    net = comfy.module("infdit_core.network.model").InfDiT
     forward, seen = net.forward, []
 
     def counted(self, *args, **kwargs):
@@ -70,7 +70,7 @@ def test_denoise_takes_fewer_evaluations_and_stays_closer(load, upscale, image, 
 
 
 def test_without_evaluations_the_picture_is_enlarged_by_bicubic(load, upscale, comfy, image):
-    canvas = comfy.module("infdit_core.prepare").prepare(image, 2.0, block_px=32)
+    canvas = comfy.module("infdit_core.pictures.prepare").prepare(image, 2.0, block_px=32)
     enlarged = canvas.finish(canvas.concat)
     assert torch.equal(upscale(load("tiny")[0], image, 2.0, denoise=0.0), enlarged)
 
@@ -80,7 +80,7 @@ def test_without_evaluations_the_picture_is_enlarged_by_bicubic(load, upscale, c
 def test_colours_are_fixed_after_the_last_pass(comfy, load, upscale, image, method, channels):
     model = load("tiny")[0]
     picture = torch.cat([image, image[..., :1]], -1)[..., :channels]
-    fix = comfy.module("infdit_core.colour_fix").fix_colours
+    fix = comfy.module("infdit_core.pictures.colour_fix").fix_colours
     plain = upscale(model, picture, 5.0, steps=2)
     fixed = upscale(model, picture, 5.0, steps=2, colour_fix=method)
     assert torch.equal(fixed, fix(plain, picture, method))
@@ -89,7 +89,7 @@ def test_colours_are_fixed_after_the_last_pass(comfy, load, upscale, image, meth
 
 def test_decode_fixes_colours_like_upscale(comfy, load, upscale, image):
     canvas = comfy.nodes["InfDiTConditioning"].execute(load("tiny")[0], image, 4.0).args[2]
-    fix = comfy.module("infdit_core.colour_fix").fix_colours
+    fix = comfy.module("infdit_core.pictures.colour_fix").fix_colours
     noisy = {"samples": canvas.concat + 0.2}
     decoded, mask = comfy.nodes["InfDiTDecode"].execute(noisy, canvas, "adain").args
     assert torch.equal(decoded, fix(canvas.finish(noisy["samples"]), image, "adain"))
@@ -163,7 +163,7 @@ def test_a_bad_picture_at_the_end_of_a_batch_is_refused_before_any_work(
 
 
 def test_a_network_that_overflows_is_named(comfy, load, upscale, image, monkeypatch):
-    net = comfy.module("infdit_core.model").InfDiT
+    net = comfy.module("infdit_core.network.model").InfDiT
     forward = net.forward
     monkeypatch.setattr(net, "forward", lambda *a, **k: forward(*a, **k) * float("inf"))
     with pytest.raises(ValueError, match="Inf-DiT Upscale: expected finite pixels from the netw"):

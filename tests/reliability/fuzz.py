@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
-from infdit_core.checkpoint import (
+from infdit_core.checkpoints.checkpoint import (
     CheckpointError,
     check,
     load_model,
@@ -28,7 +28,7 @@ from infdit_core.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from infdit_core.image_io import ImageError, read_image
+from infdit_core.pictures.files import ImageError, read_image
 from tests.reliability import hostile, hostile_pictures
 
 SECONDS, PICTURE_SECONDS = 1.0, 3.0

@@ -20,7 +20,7 @@ from random import Random
 import torch
 from safetensors.torch import save
 
-from infdit_core.config import InfDiTConfig
+from infdit_core.network.config import InfDiTConfig
 from tests.goldens import random_tensors
 
 SMALLEST = InfDiTConfig(

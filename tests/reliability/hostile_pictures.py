@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from infdit_core import png16
+from infdit_core.pictures import png16
 from tests.reliability.hostile import flipped, spliced, truncated
 
 NUMBERS = (0, 1, 2, 255, 3000, 16383, 65535, 2**17, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1)

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from infdit_core import commands, host_memory, image_io
 from infdit_core.__main__ import main
-from infdit_core.convert import convert
+from infdit_core.checkpoints.convert import convert
+from infdit_core.cli import commands
+from infdit_core.memory import host as host_memory
+from infdit_core.pictures import files as image_io
 from tests.goldens import TINY, random_tensors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from infdit_core import edm_sigmas, load_model, prepare, sample
-from infdit_core.adaptive import Adaptive
-from infdit_core.checkpoint import BUNDLED_FOLDER
-from infdit_core.image_io import read_image, write_image
-from infdit_core.planner import plans
-from infdit_core.schedule import BlockMajor, Full, LayerMajor
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
+from infdit_core.memory.adaptive import Adaptive
+from infdit_core.memory.planner import plans
+from infdit_core.pictures.files import read_image, write_image
 from tests.conftest import THREADS
 
 ROOT = Path(__file__).resolve().parents[2]

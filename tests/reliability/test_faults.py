@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infdit_core import edm_sigmas, sample
-from infdit_core.adaptive import Adaptive
-from infdit_core.config import InfDiTConfig
-from infdit_core.model import Evaluation, InfDiT
-from infdit_core.planner import plans
+from infdit_core.memory.adaptive import Adaptive
+from infdit_core.memory.planner import plans
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import Evaluation, InfDiT
 from tests.goldens import TINY, random_condition, random_tensors
 
 
@@ -108,7 +108,7 @@ def management(comfy):
 @pytest.fixture
 def layers(comfy, monkeypatch):
     """Calls a function with the number of every layer call before it is made."""
-    evaluation = comfy.module("infdit_core.model").Evaluation
+    evaluation = comfy.module("infdit_core.network.model").Evaluation
     layer = evaluation.layer
 
     def install(before):
@@ -188,7 +188,7 @@ def test_a_preview_that_fails_costs_the_preview_alone(
     def fail(denoised):
         raise OSError("no encoder")
 
-    monkeypatch.setattr(comfy.module("nodes.progress"), "preview_image", fail)
+    monkeypatch.setattr(comfy.module("nodes.infdit.progress"), "preview_image", fail)
     assert torch.equal(upscale(model, image), expected)
     assert "Inf-DiT: no preview: no encoder" in caplog.text
 
@@ -217,9 +217,9 @@ def test_a_result_larger_than_the_memory_is_refused_before_any_work(
 ):
     model, calls = load("tiny")[0], []
     layers(calls.append)
-    monkeypatch.setattr(comfy.module("infdit_core.host_memory"), "available_bytes", lambda: 6e5)
-    monkeypatch.setattr(comfy.module("nodes.pictures"), "prepare", None)
-    monkeypatch.setattr(comfy.module("nodes.comfy_model"), "plans", None)
+    monkeypatch.setattr(comfy.module("infdit_core.memory.host"), "available_bytes", lambda: 6e5)
+    monkeypatch.setattr(comfy.module("nodes.infdit.inputs"), "prepare", None)
+    monkeypatch.setattr(comfy.module("nodes.infdit.comfy_model"), "plans", None)
     message = "128×64 px need at least 1 MB of main memory; 1 MB are free"
     with pytest.raises(ValueError, match=f"^Inf-DiT Upscale: {message}"):
         upscale(model, image, 4.0)

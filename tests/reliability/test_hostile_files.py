@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infdit_core.checkpoint import CheckpointError, open_checkpoint
-from infdit_core.image_io import ImageError, read_image
+from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from infdit_core.pictures.files import ImageError, read_image
 from tests.reliability import fuzz, hostile, hostile_pictures
 
 pytestmark = [

@@ -7,8 +7,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from infdit_core import host_memory, png16
-from infdit_core.image_io import ImageError, read_image
+from infdit_core.memory import host as host_memory
+from infdit_core.pictures import png16
+from infdit_core.pictures.files import ImageError, read_image
 from tests.reliability import fuzz, hostile_pictures
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0

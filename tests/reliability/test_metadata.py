@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from infdit_core.image_io import ImageError, check_writable, read_image, write_image
-from infdit_core.metadata import Metadata
+from infdit_core.pictures.files import ImageError, check_writable, read_image, write_image
+from infdit_core.pictures.metadata import Metadata
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6" rights="\xc3\xa9"/></x:xmpmeta>'
 UPRIGHT = XMP.replace(b'"6"', b'"1"')

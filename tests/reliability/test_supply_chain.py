@@ -25,8 +25,11 @@ PACKAGES = {"PIL", "einops", "numpy", "open_clip", "psutil", "safetensors", "tor
 COMFYUI = {"comfy", "comfy_api", "folder_paths", "server"}
 
 EXPECTED_OF_BANDIT = {
-    ("B403", "infdit_core/checkpoint.py"),  # names our pickle_reader
-    ("B403", "infdit_core/pickle_reader.py"),  # pickletools, which decodes and runs nothing
+    ("B403", "infdit_core/checkpoints/checkpoint.py"),  # names our pickle_reader
+    (
+        "B403",
+        "infdit_core/checkpoints/pickle_reader.py",
+    ),  # pickletools, which decodes and runs nothing
 }
 
 FORBIDDEN_CALLS = {

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from infdit_core.attention import sdpa
-from infdit_core.condition import Condition
-from infdit_core.config import InfDiTConfig
-from infdit_core.model import InfDiT
-from infdit_core.schedule import Full
+from infdit_core.blocks.schedules import Full
+from infdit_core.network.attention import sdpa
+from infdit_core.network.condition import Condition
+from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import InfDiT
 from training.initial import initialise
 
 CONFIGS = {

@@ -1,0 +1,1 @@
+"""The picture as blocks, and the orders they are computed in."""

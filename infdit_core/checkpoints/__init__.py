@@ -1,0 +1,1 @@
+"""Model files to tensors; nothing in a file is ever executed."""

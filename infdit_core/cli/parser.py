@@ -1,0 +1,262 @@
+"""The command line of `python -m infdit_core`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from ..checkpoints.checkpoint import BUNDLED_FOLDER
+from ..pictures.colour_fix import COLOUR_FIXES
+from ..sampling import PRESETS, SOLVERS
+from .commands import DTYPES, convert_file, inspect, plan_table, upscale
+
+_BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
+_MAX_SEED = 2**64 - 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; the parsed `command` is the function to call."""
+    parser = argparse.ArgumentParser(
+        prog="infdit", description="Upscale pictures of any size with Inf-DiT, without seams."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_upscale(commands, common)
+    _add_convert(commands, common)
+    _add_inspect(commands, common)
+    _add_plan(commands, common)
+    return parser
+
+
+def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "upscale",
+        parents=[common],
+        help="upscale pictures",
+        description="Upscale pictures. 8- and 16-bit PNG, JPEG, WebP, TIFF and BMP are read; grey"
+        " becomes RGB; alpha, the colour profile, EXIF, XMP and the texts of PNG are kept.",
+    )
+    parser.set_defaults(command=upscale)
+    parser.add_argument("input", nargs="+", type=Path, help="pictures, or folders of pictures")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="a file (.png, .webp, .tif or .jpg) for a single picture, else a folder, where each"
+        " result gets its picture's name; of several pictures those whose result is there are left"
+        " alone, so a run that was cut off goes on",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("png", "tif", "webp", "jpg"),
+        default="png",
+        help="of the results in a folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=_BUNDLED_MODEL,
+        help=".safetensors, or the release's .pt (default: the small model of this pack)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument(
+        "--bit-depth",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="bits per channel of the result; 16 needs .png or .tif (default: %(default)s)",
+    )
+
+    target = parser.add_argument_group("size").add_mutually_exclusive_group()
+    target.add_argument(
+        "--scale",
+        type=float,
+        default=4.0,
+        help="how many times wider and higher, above 4 in several passes (default: %(default)g)",
+    )
+    target.add_argument("--size", type=_positive, help="the longer side in pixels, instead")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--seed", type=_seed, default=0, help="chooses the invented detail (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="exact",
+        help="exact is the authors' choice; fast takes a third of its time, draft a sixth"
+        " (default: %(default)s)",
+    )
+    sampling.add_argument("--steps", type=_positive, help="instead of the preset's")
+    sampling.add_argument(
+        "--solver",
+        choices=sorted(SOLVERS),
+        help="instead of the preset's; heun evaluates the network twice a step, the others once",
+    )
+    sampling.add_argument(
+        "--denoise",
+        type=_share,
+        default=1.0,
+        help="part of the noise and of the steps, above 0; less keeps closer to the picture"
+        " (default: %(default)g)",
+    )
+    sampling.add_argument(
+        "--colour-fix",
+        choices=COLOUR_FIXES,
+        default="none",
+        help="take the colours of the picture that came in: all that is coarser than about 32 px"
+        " (wavelet), or mean and contrast in RGB (adain) or CIELAB (lab) (default: %(default)s)",
+    )
+
+    guidance = parser.add_argument_group(
+        "guidance", "For models that take a CLIP embedding, as the released one does."
+    )
+    guidance.add_argument(
+        "--clip",
+        type=Path,
+        help="a whole open_clip ViT-L-14 file (datacomp_xl_s13b_b90k), for models that came without"
+        " a CLIP tower, and for texts",
+    )
+    guidance.add_argument(
+        "--text-strength",
+        type=float,
+        default=0.0,
+        help="weight of the texts; 0 leaves them out, 2 is the paper's choice (default: 0)",
+    )
+    guidance.add_argument(
+        "--positive", default="HD, high resolution, clear.", help='default: "%(default)s"'
+    )
+    guidance.add_argument(
+        "--negative", default="noisy,blurry,low resolution.", help='default: "%(default)s"'
+    )
+
+    machine = parser.add_argument_group(
+        "speed and memory (none changes the picture, but the dtype)"
+    )
+    machine.add_argument(
+        "--device", help="such as cpu or cuda:1 (default: cuda where there is one)"
+    )
+    machine.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the network (default: bf16 on a GPU, fp32 on the CPU)",
+    )
+    machine.add_argument(
+        "--schedule",
+        choices=("auto", "full", "block-major", "layer-major"),
+        default="auto",
+        help="the order of computation; auto takes the fastest that fits (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--memory",
+        type=_bytes,
+        help="what auto may take on the device, such as 8GB (default: what is free on a GPU, no"
+        " limit on the CPU)",
+    )
+    machine.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the layers first: about a minute, and faster for large pictures on a GPU",
+    )
+    machine.add_argument(
+        "--blocks",
+        type=_positive,
+        help="side of the square of blocks that block-major takes at a time, or the number of"
+        " blocks that layer-major does (default: 1)",
+    )
+
+    faster = parser.add_argument_group("faster and not exact")
+    faster.add_argument(
+        "--reuse-layers",
+        type=_positive,
+        help="leave out this many of the last layers where heun evaluates a noise level for the"
+        " second time, and add what they added the first time",
+    )
+    faster.add_argument(
+        "--fp8",
+        action="store_true",
+        help="8-bit linear layers: half the memory, faster on NVIDIA GPUs of 2022 and later, slower"
+        " elsewhere",
+    )
+
+
+def _add_convert(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="convert a checkpoint to .safetensors",
+        description="Convert a checkpoint to .safetensors: what the network does not use is"
+        " dropped, a CLIP tower is kept.",
+    )
+    parser.set_defaults(command=convert_file)
+    parser.add_argument("source", type=Path, help="the release's .pt, or a .safetensors file")
+    parser.add_argument("target", type=Path, help="ends in .safetensors")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the source")
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+
+
+def _add_inspect(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="say what a checkpoint holds",
+        description="Say what a checkpoint holds, and whether it is complete.",
+    )
+    parser.set_defaults(command=inspect)
+    parser.add_argument("file", type=Path)
+
+
+def _add_plan(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "plan",
+        parents=[common],
+        help="say what memory a size of picture takes",
+        description="List the orders of computation for a size of picture, the fastest first, with"
+        " the memory each takes at its peak, weights included.",
+    )
+    parser.set_defaults(command=plan_table)
+    parser.add_argument("--size", type=_size, required=True, help="of the result, as 4096x4096")
+    parser.add_argument("--memory", type=_bytes, help="what may be taken, as 8GB")
+    parser.add_argument("--model", type=Path, default=_BUNDLED_MODEL, help="a model file")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+
+
+def _bytes(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected an amount of memory such as 8GB, got {text!r}")
+    unit = {"mb": 1e6, "mib": 2**20, "gib": 2**30}.get((match[2] or "GB").lower(), 1e9)
+    return float(match[1]) * unit
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", text)
+    if not match or not int(match[1]) * int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
+    return share
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > _MAX_SEED:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^64 - 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,97 @@
+"""A schedule that gives way when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..blocks.grid import Grid
+from ..blocks.schedules import Evaluation
+from .planner import Plan, PlanError
+
+_CLEARLY_SMALLER = 0.8
+"""Share of a plan's memory that another may take to be worth trying first after it failed."""
+
+logger = logging.getLogger(__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; on the CPU torch raises a bare RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+class Adaptive:
+    """The fastest of several plans that fits, and on out of memory the next smaller one.
+
+    An evaluation that fails is repeated with the smaller plan; what the sampler has done so far
+    is kept, and so is the smaller plan for the evaluations that follow.
+
+    Args:
+        plans: the fastest first, as from `planner.plans`.
+        memory_bytes: what may be taken; None for no limit. Where nothing fits, the smallest plan
+            is tried all the same, because the estimate of free memory may be wrong.
+        free_memory: called before another plan is tried, to give memory back to the device.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        memory_bytes: float | None = None,
+        free_memory: Callable[[], None] | None = None,
+    ) -> None:
+        if not plans:
+            raise PlanError("expected at least one plan, got none")
+        fitting = [p for p in plans if memory_bytes is None or p.peak_bytes <= memory_bytes]
+        self._plans = list(plans)
+        self._free_memory = free_memory or _free_cuda_memory
+        self.plan = fitting[0] if fitting else min(plans, key=lambda p: p.peak_bytes)
+        """The plan in use."""
+
+    @property
+    def keep_lr(self) -> bool:
+        return self.plan.schedule.keep_lr
+
+    @property
+    def tokens_on_host(self) -> bool:
+        return self.plan.schedule.tokens_on_host
+
+    @property
+    def pictures_device(self) -> str | torch.device | None:
+        return self.plan.schedule.pictures_device
+
+    def cells(self, grid: Grid, num_layers: int) -> int:
+        return self.plan.schedule.cells(grid, num_layers)
+
+    def run(self, evaluation: Evaluation) -> None:
+        # Smaller plans are tried outside the except block: its traceback holds the tensors.
+        while (failure := self._attempt(evaluation)) is not None:
+            smaller = self._smaller(_CLEARLY_SMALLER) or self._smaller(1.0)
+            if not smaller:
+                raise failure
+            del failure
+            self._free_memory()
+            logger.warning(
+                "Inf-DiT: out of memory with %s; going on with %s", self.plan, smaller[0]
+            )
+            self.plan = smaller[0]
+
+    def _smaller(self, share: float) -> list[Plan]:
+        return [p for p in self._plans if p.peak_bytes < share * self.plan.peak_bytes]
+
+    def _attempt(self, evaluation: Evaluation) -> BaseException | None:
+        try:
+            evaluation.run(self.plan.schedule)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return error.with_traceback(None)
+        return None
+
+
+def _free_cuda_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

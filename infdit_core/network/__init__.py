@@ -1,0 +1,1 @@
+"""The model of the paper: no files, no pictures, no policy."""

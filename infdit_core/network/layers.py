@@ -1,0 +1,208 @@
+"""The parts of the network. Tokens are kept block by block: (B, r, c, T, hidden) for r×c blocks."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..blocks.grid import Chunk, Frontier
+from .attention import Attend, block_attention
+from .config import InfDiTConfig
+from .rope import rotate
+
+EPS = 1e-6
+"""Epsilon of every LayerNorm of the network."""
+
+
+class Rotary(NamedTuple):
+    """Rotary factors of all patch rows and columns of a picture, (n, d/4, 2) each."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, chunk: Chunk, side: int) -> Rotary:
+        """Those of a chunk of blocks of `side` patches: (r, side, d/4, 2), (c, side, d/4, 2)."""
+        rows, columns = chunk.scaled(side)
+        return Rotary(
+            self.rows[rows].unflatten(0, (chunk.rows, side)),
+            self.columns[columns].unflatten(0, (chunk.columns, side)),
+        )
+
+
+def normalize(x: Tensor) -> Tensor:
+    """LayerNorm without affine parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 + scale) + shift, with shift and scale (B, hidden) for tokens (B, r, c, T, hidden)."""
+    return torch.addcmul(_per_token(shift), x, 1 + _per_token(scale))
+
+
+def _per_token(x: Tensor) -> Tensor:
+    return x[:, None, None, None]
+
+
+def cast_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A bare parameter on the device and in the dtype that the computation runs in."""
+    return parameter.to(device=x.device, dtype=x.dtype)
+
+
+class MLPEmbedding(nn.Module):
+    """Linear, SiLU, Linear: the embedding of the noise level and of the CLIP vector."""
+
+    def __init__(self, features: int, hidden_size: int, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            ops.Linear(features, hidden_size, **factory),
+            nn.SiLU(),
+            ops.Linear(hidden_size, hidden_size, **factory),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+def time_features(c_noise: Tensor, features: int) -> Tensor:
+    """(B, features) cosines then sines of the noise level (B,), float32."""
+    half = features // 2
+    exponents = torch.arange(half, device=c_noise.device, dtype=torch.float32) / half
+    angles = c_noise.float()[:, None] * 10000.0**-exponents
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class BlockAttention(nn.Module):
+    """Self-attention of each block to itself and its left-top, left and top neighbours."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        h, d = config.hidden_size, config.head_dim
+        self.num_heads, self.side = config.num_heads, config.block_patches
+        self.qkv = ops.Linear(h, 3 * h, **factory)
+        self.qk_norm = ops.LayerNorm(d, eps=EPS, **factory)  # for queries and keys alike
+        self.segment_embed = nn.Parameter(torch.empty(4, config.num_heads, d, **factory))
+        self.dense = ops.Linear(h, h, **factory)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        rotary: Rotary,
+        frontier: Frontier,
+        chunk: Chunk,
+        attend: Attend,
+    ) -> Tensor:
+        q, bordered = self.project(tokens, shift, scale, rotary)
+        frontier.exchange(bordered, chunk)
+        out = block_attention(q, bordered, cast_like(self.segment_embed, q), attend)
+        return self.dense(out.flatten(-2))
+
+    def project(
+        self, tokens: Tensor, shift: Tensor, scale: Tensor, rotary: Rotary
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (B, r, c, A, T, d), and keys and values (2, B, r + 1, c + 1, A, T, d).
+
+        The border of the keys and values is left for the frontier to fill.
+        """
+        b, r, c, t, _ = tokens.shape
+        qkv = self.qkv(modulate(normalize(tokens), shift, scale))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
+        bordered[0, :, 1:, 1:] = self._place(k, rotary)
+        bordered[1, :, 1:, 1:] = v.transpose(-3, -2)
+        return self._place(q, rotary), bordered
+
+    def _place(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Normalise and rotate queries or keys: (B, r, c, T, A, d) -> (B, r, c, A, T, d)."""
+        x = self.qk_norm(x).unflatten(3, (self.side, self.side))
+        return rotate(x, *rotary).flatten(3, 4).transpose(-3, -2)
+
+
+class LRCrossAttention(nn.Module):
+    """Attention of each block to the 3×3 blocks of the low-resolution picture around it."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        h, d, heads = config.hidden_size, config.head_dim, config.num_heads
+        self.num_heads, self.lr_block = heads, config.lr_block
+        self.query = ops.Linear(h, h, **factory)
+        self.key_value = ops.Linear(h, 2 * h, **factory)
+        self.query_norm = ops.LayerNorm(d, eps=EPS, **factory)
+        self.key_norm = ops.LayerNorm(d, eps=EPS, **factory)
+        self.query_position = nn.Parameter(torch.empty(1, config.block_tokens, heads, d, **factory))
+        self.key_position = nn.Parameter(torch.empty(1, config.lr_window**2, heads, d, **factory))
+        self.dense = ops.Linear(h, h, **factory)
+        self.output_norm = ops.LayerNorm(h, eps=EPS, **factory)  # of the MLP that follows
+
+    def keys_values(self, tokens: Tensor) -> Tensor:
+        """Keys and values of LR tokens: (B, y, x, hidden) -> (2, B, y, x, A, d)."""
+        k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        return torch.stack([self.key_norm(k), v])
+
+    def forward(self, tokens: Tensor, lr_kv: Tensor, attend: Attend) -> Tensor:
+        """(B, r, c, T, hidden) -> the same, one row of windows at a time.
+
+        Args:
+            lr_kv: keys and values of the LR blocks of this chunk and of one block around it.
+        """
+        q = self.query_norm(self.query(normalize(tokens)).unflatten(-1, (self.num_heads, -1)))
+        q = (q + cast_like(self.query_position, q)).transpose(-3, -2)
+        key_position = cast_like(self.key_position, q)
+        rows = []
+        for i in range(tokens.shape[1]):
+            windows = self._windows(lr_kv[:, :, i * self.lr_block :][:, :, : 3 * self.lr_block])
+            keys = (windows[0] + key_position).transpose(1, 2)
+            out = attend(q[:, i].flatten(0, 1), keys, windows[1].transpose(1, 2))
+            rows.append(out.unflatten(0, q[:, i].shape[:2]).transpose(2, 3))
+        return self.dense(torch.stack(rows, dim=1).flatten(-2))
+
+    def _windows(self, lr_kv: Tensor) -> Tensor:
+        """The 3×3-block windows of LR blocks: (2, B·blocks, lr_window², A, d)."""
+        side = self.lr_block
+        windows = lr_kv.unfold(2, 3 * side, side).unfold(3, 3 * side, side)
+        return windows.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(4, 5).flatten(1, 3)
+
+
+class MLP(nn.Module):
+    """Linear, tanh-approximated GELU, Linear."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.fc1 = ops.Linear(config.hidden_size, config.mlp_size, **factory)
+        self.fc2 = ops.Linear(config.mlp_size, config.hidden_size, **factory)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(modulate(x, shift, scale)), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """One transformer layer: block attention and MLP. `InfDiT` makes the modulations of all."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.attention = BlockAttention(config, factory, ops)
+        self.mlp = MLP(config, factory, ops)
+
+    def compile_parts(self, **options: Any) -> None:
+        """Fuse what lies around the attention: norm, modulation, rotary; the MLP."""
+        compiled = torch.compile(BlockAttention.project, **options)
+        self.attention.project = MethodType(compiled, self.attention)  # so that copies have theirs
+        self.mlp.compile(**options)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to pixels: (B, r, c, T, hidden) -> (B, r, c, T, 3·patch²)."""
+
+    def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
+        super().__init__()
+        self.modulation = ops.Linear(config.hidden_size, 2 * config.hidden_size, **factory)
+        self.linear = ops.Linear(config.hidden_size, 3 * config.patch_size**2, **factory)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x = normalize(normalize(x))  # the transformer's own final norm, then this layer's
+        return self.linear(modulate(x, shift, scale))

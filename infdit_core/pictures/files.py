@@ -1,0 +1,232 @@
+"""Picture files in and out, for the command line.
+
+Pillow does the formats, but for PNG with 16 bits per channel (`png16`), of which it keeps eight
+where there is colour, and for writing TIFF (`tiff`). TIFF with 16 bits per channel is read in full
+where it is grey.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass, field
+from glob import escape
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InfDiTError
+from ..memory.host import require_bytes
+from . import png16, tiff
+from .metadata import Metadata, png_texts, read_metadata, save_options
+from .prepare import PreparationError
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".webp": ("WEBP", {"lossless": True, "exact": True}),
+    ".tif": ("TIFF", {}),
+    ".tiff": ("TIFF", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+}
+READABLE = frozenset([*_FORMATS, ".bmp", ".gif"])
+"""Suffixes of the files that are taken from a folder."""
+_READ_BY_PILLOW = ("PNG", "WEBP", "TIFF", "JPEG", "BMP", "GIF")
+"""Whatever a file's name says. Not its other formats, of which EPS starts another program."""
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError,
+           struct.error, zlib.error)  # fmt: skip
+"""What Pillow's readers raise for damaged files; most were seen when fuzzing."""
+_MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
+_ORIENTATION_TAG = 0x0112
+
+
+class ImageError(InfDiTError):
+    """A picture file that cannot be read or written; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What a file says about its picture."""
+
+    bit_depth: int = 8
+    """Bits per channel that the pixels were read with: 8 or 16."""
+    icc_profile: bytes | None = None
+    """The colour profile, where it is one for RGB."""
+    metadata: Metadata = field(default_factory=Metadata)
+
+
+def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
+    """Read a picture, turned upright by its EXIF orientation; of an animation the first frame.
+
+    Palette pictures become RGB, transparent ones RGBA, CMYK becomes RGB. The formats are those of
+    `READABLE`, found by the file's content.
+
+    Returns:
+        (1, H, W, C) float32 in 0..1, C = 1 (grey), 3 or 4, and what is known about it.
+
+    Raises:
+        ImageError: no such file, no picture, a damaged one, one that does not fit the memory, or a
+            pixel format of more than 16 bits.
+    """
+    path = Path(path)
+    pillow = _pillow()
+    try:
+        with pillow.open(path, formats=_READ_BY_PILLOW) as image:
+            _require_memory(image)
+            with path.open("rb") as file:
+                pixels = png16.read(file)
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+            profile = image.info.get("icc_profile")
+            metadata = read_metadata(image)
+            if pixels is None:
+                pixels = _pixels(image)
+        values = _values(_upright(pixels, orientation))
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist; expected a picture") from None
+    except (pillow.DecompressionBombError, PreparationError, MemoryError) as error:
+        reason = str(error) or "not enough memory"
+        raise ImageError(f"{path.name} is too large to read: {reason}") from error
+    except _DAMAGE as error:
+        raise ImageError(f"{path.name} cannot be read as a picture: {error}") from error
+    of_rgb = profile is not None and profile[16:20] == b"RGB "
+    info = ImageInfo(8 * pixels.dtype.itemsize, profile if of_rgb else None, metadata)
+    return torch.from_numpy(values)[None], info
+
+
+def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
+    """Refuse what `write_image` could not write, before any work is done.
+
+    Raises:
+        ImageError: the suffix is unknown, or its format has no alpha or not as many bits.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
+        raise ImageError(f"{path.name}: expected a name that ends in {', '.join(_FORMATS)}")
+    if bit_depth not in (8, 16):
+        raise ImageError(f"expected 8 or 16 bits per channel, got {bit_depth}")
+    if bit_depth == 16 and _FORMATS[suffix][0] not in ("PNG", "TIFF"):
+        raise ImageError(f"{path.name}: expected .png or .tif for 16 bits per channel")
+    if alpha and _FORMATS[suffix][0] == "JPEG":
+        raise ImageError(f"{path.name}: JPEG has no alpha; expected .png, .webp or .tif")
+    if not path.parent.is_dir():
+        raise ImageError(f"{path.parent} is not a folder; expected one to write to")
+
+
+def write_image(
+    path: str | Path,
+    image: Tensor,
+    *,
+    bit_depth: int = 8,
+    info: ImageInfo | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Write a picture; the file appears whole or not at all.
+
+    Args:
+        path: ends in .png, .webp, .tif, .tiff, .jpg or .jpeg.
+        image: (1, H, W, C) in 0..1, clipped and rounded; C = 3 or 4.
+        bit_depth: 8, or for PNG and TIFF 16 bits per channel.
+        info: of the picture it was made from: its colour profile and metadata are written.
+        overwrite: whether a file that exists is replaced.
+
+    Raises:
+        ImageError: see `check_writable`; a side too long for the format; the file exists; a full
+            disk.
+    """
+    path = Path(path)
+    if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] not in (3, 4):
+        raise ImageError(f"expected an image of shape (1, H, W, 3 or 4), got {tuple(image.shape)}")
+    check_writable(path, alpha=image.shape[-1] == 4, bit_depth=bit_depth)
+    kind, options = _FORMATS[path.suffix.lower()]
+    if max(image.shape[1:3]) > (limit := _MAX_SIDE.get(kind, 2**31)):
+        raise ImageError(f"{path.name}: expected sides of at most {limit} px for {kind}; use .png")
+    levels = 2**bit_depth - 1
+    values = (image[0].cpu().float().clip(0, 1) * levels).round().numpy()
+    kept = np.uint16 if bit_depth == 16 else np.uint8
+    info = info or ImageInfo()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        for leftover in path.parent.glob(f".{escape(path.name)}.*.part"):  # of a killed process
+            leftover.unlink()
+        with temporary.open("wb") as file:
+            if kind == "TIFF":
+                tiff.write(file, values.astype(kept), info.icc_profile, info.metadata)
+            elif bit_depth == 16:
+                texts = png_texts(info.metadata).chunks
+                png16.write(file, values.astype(kept), info.icc_profile, info.metadata.exif, texts)
+            else:
+                options = options | save_options(kind, info.metadata)
+                picture, encoded = _pillow().fromarray(values.astype(kept)), BytesIO()
+                picture.save(encoded, format=kind, icc_profile=info.icc_profile, **options)
+                # Pillow itself overlooks a write that a full disk cuts short.
+                file.write(encoded.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # the name must not be on the disk before the pixels
+        if path.exists() and not overwrite:
+            raise FileExistsError("it has come into being meanwhile")
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _require_memory(image: PILImage.Image) -> None:
+    """Refuse a picture whose pixels as float32 cannot fit, before any of them is decoded."""
+    width, height = image.size
+    needed = width * height * len(image.getbands()) * np.dtype(np.float32).itemsize
+    require_bytes(needed, f"{width}×{height} px", "a smaller picture")
+
+
+def _pixels(image: PILImage.Image) -> np.ndarray:
+    """(H, W, C) uint8 or uint16."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return np.array(image).astype(np.uint16)[..., None]
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits per channel; expected 8 or 16")
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa"):
+        image = image.convert("RGBA")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _values(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 1, 3 or 4) float32 in 0..1 of unsigned integers."""
+    values = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    if values.shape[-1] == 2:  # grey with alpha
+        values = values[..., [0, 0, 0, 1]]
+    return np.ascontiguousarray(values)
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def _pillow() -> Any:
+    """The module PIL.Image. The engine itself needs no Pillow, so it is imported here."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImageError("picture files need Pillow: pip install pillow") from error
+    return Image

@@ -1,0 +1,176 @@
+"""From a picture to the network's inputs and back, without losing a pixel.
+
+The release crops pictures to a multiple of its block size. Here they are continued by reflection,
+at the bottom and right only: blocks see nothing below or to the right of them, so what is added
+there cannot disturb more than the blocks it lies in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InfDiTError
+from ..network.condition import Condition
+from ..network.config import LR_SCALE
+
+MAX_SHRINK = 4
+"""A smaller result would need more padding than picture."""
+
+
+class PreparationError(InfDiTError):
+    """The picture or the size asked for cannot be worked on."""
+
+
+@dataclass
+class Canvas:
+    """A picture made ready: the network's inputs, and what is needed to get a picture back."""
+
+    concat: Tensor
+    """(B, 3, H, W) float32 in [-1, 1]: the picture at the target size, padded to whole blocks."""
+    lr: Tensor
+    """(B, 3, H/4, W/4) float32, about [-1, 1]: a quarter of that."""
+    height: int
+    width: int
+    """The target size in pixels, without padding."""
+    source: Tensor
+    """(B, h, w, C) in 0..1: the picture itself, not a copy."""
+    alpha: Tensor | None = None
+    """(B, height, width, 1) float32 in 0..1, if the picture had alpha."""
+
+    def condition(self, vector: Tensor | None = None) -> Condition:
+        """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""
+        return Condition(self.concat, self.lr, vector)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """A sampled (B, 3, H, W) as a picture (B, height, width, 3, or 4 with alpha) in 0..1."""
+        x = x[..., : self.height, : self.width].float().clamp(-1, 1)
+        image = ((x + 1) / 2).permute(0, 2, 3, 1)
+        if self.alpha is None:
+            return image.contiguous()
+        return torch.cat([image, self.alpha.to(image)], dim=-1)
+
+
+def prepare(
+    image: Tensor,
+    upscale_by: float = 4.0,
+    *,
+    size: tuple[int, int] | None = None,
+    block_px: int = 128,
+) -> Canvas:
+    """Lay a picture out for upscaling.
+
+    Args:
+        image: (B, H, W, C) in 0..1, C = 1 (grey), 3 or 4 (alpha); it is not changed.
+        upscale_by: how many times wider and higher the result is, rounded to whole pixels.
+        size: (height, width) of the result in pixels, instead of `upscale_by`.
+        block_px: side of a block of the model, `config.block_px`.
+
+    Raises:
+        PreparationError: not a picture, not finite, or a size of nothing.
+    """
+    check_image(image)
+    source_size = image.shape[1], image.shape[2]
+    if size is None:
+        size = target_size(source_size, upscale_by)
+    if min(size) < 1:
+        raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
+    if any(target < side // MAX_SHRINK for target, side in zip(size, source_size, strict=True)):
+        raise PreparationError(
+            f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
+            f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
+        )
+
+    pixels = image.float().permute(0, 3, 1, 2).clamp(0, 1)
+    alpha = None
+    if pixels.shape[1] == 4:
+        alpha = F.interpolate(pixels[:, 3:], size=size, mode="bicubic", antialias=True)
+        alpha = alpha.clamp(0, 1).permute(0, 2, 3, 1)
+    source = pixels[:, :3].expand(-1, 3, -1, -1) * 2 - 1
+
+    padded = tuple(math.ceil(side / block_px) * block_px for side in size)
+    scale = tuple(target / side for target, side in zip(size, source_size, strict=True))
+    source = _extend(source, *map(_reach, size, padded, scale))
+    concat = _resize(source, scale, padded).clamp(-1, 1)
+    lr_scale = tuple(s / LR_SCALE for s in scale)
+    lr = _resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
+    return Canvas(concat, lr, *size, image, alpha)
+
+
+MAX_FACTOR = 4.0
+"""How much larger a picture can become in one pass: the networks are trained for this factor."""
+
+
+def pass_sizes(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
+    """(height, width) after each of equal passes from source to target, the last being target."""
+    factor = max(t / s for t, s in zip(target, source, strict=True))
+    count = max(1, math.ceil(math.log(factor, MAX_FACTOR) - 1e-9)) if factor > 1 else 1
+    steps = [
+        tuple(s * (t / s) ** (i / count) for s, t in zip(source, target, strict=True))
+        for i in range(1, count)
+    ]
+    return [(max(1, round(h)), max(1, round(w))) for h, w in steps] + [target]
+
+
+def target_size(source: tuple[int, int], upscale_by: float) -> tuple[int, int]:
+    """(height, width) of a picture `upscale_by` times as wide and high, in whole pixels.
+
+    Raises:
+        PreparationError: the factor is not above 0.
+    """
+    if not (math.isfinite(upscale_by) and upscale_by > 0):
+        raise PreparationError(f"expected a factor above 0, got {upscale_by}")
+    height, width = (max(1, round(side * upscale_by)) for side in source)
+    return height, width
+
+
+def check_image(image: Tensor) -> None:
+    """Raise PreparationError unless this is (B, H, W, 1, 3 or 4) of finite floats."""
+    shape = tuple(image.shape)
+    if image.ndim != 4 or shape[-1] not in (1, 3, 4) or min(shape) < 1:
+        raise PreparationError(
+            "expected a picture of shape (batch, height, width, 1, 3 or 4 channels) with at least"
+            f" one pixel, got {shape}"
+        )
+    if not image.is_floating_point():
+        raise PreparationError(f"expected floating point pixels in 0..1, got {image.dtype}")
+    if not torch.isfinite(image).all():
+        raise PreparationError("expected finite pixels in 0..1, got NaN or infinity among them")
+
+
+def _reach(target: int, padded: int, scale: float) -> int:
+    """Source pixels that resizing by `scale` turns into at least `padded`."""
+    reach = math.ceil(padded / scale - 1e-9)  # 75 · (300 / 75) is not exactly 300 in floats
+    while math.floor(reach * scale) < padded:
+        reach += 1
+    if padded == target:
+        return reach  # what lies beyond the picture's own edge is no business of the kernel's
+    return reach + 2 * math.ceil(max(1, LR_SCALE / scale))  # the reach of the bicubic kernel
+
+
+def _extend(x: Tensor, height: int, width: int) -> Tensor:
+    """Continue a picture (..., h, w) to the bottom and right by reflection, however far."""
+    for dim, length in ((-2, height), (-1, width)):
+        if (side := x.shape[dim]) < length:
+            period = max(1, 2 * (side - 1))
+            index = torch.arange(length, device=x.device) % period
+            x = x.index_select(dim, torch.where(index < side, index, period - index))
+    return x
+
+
+def _resize(x: Tensor, scale: tuple[float, ...], size: tuple[int, ...]) -> Tensor:
+    """Bicubic with antialiasing (a = -0.5) by exactly `scale`, cropped to `size`."""
+    if scale != (1.0, 1.0):
+        x = F.interpolate(
+            x,
+            scale_factor=scale,
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+            recompute_scale_factor=False,
+        )
+    return x[..., : size[0], : size[1]]

@@ -1,0 +1,1 @@
+"""HiDiffusion as a node of ComfyUI."""

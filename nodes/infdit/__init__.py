@@ -1,0 +1,1 @@
+"""Inf-DiT as nodes of ComfyUI."""

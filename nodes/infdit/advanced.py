@@ -1,0 +1,121 @@
+"""The parts of upscaling, for those who sample with ComfyUI's own sampler nodes."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ...infdit_core.errors import InfDiTError
+from ...infdit_core.pictures.colour_fix import fix_colours
+from ...infdit_core.pictures.prepare import Canvas
+from ..common import CATEGORY, CanvasType, Guidance, named_errors, require
+from ..schema_compat import schema
+from .inputs import (
+    check_inputs,
+    check_memory,
+    colour_fix_input,
+    conditioning_of,
+    longest_edge_input,
+    picture_output,
+    picture_outputs,
+    prepare_canvas,
+    require_finite,
+    target,
+)
+
+
+class InfDiTConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="InfDiTConditioning",
+            display_name="Inf-DiT Conditioning",
+            category=CATEGORY,
+            description="Prepares pictures for upscaling with KSampler or SamplerCustomAdvanced:"
+            " sampler heun, scheduler karras, 20 steps, cfg 1 is what Inf-DiT Upscale does.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Inf-DiT Checkpoint."),
+                io.Image.Input("image", tooltip="The pictures to upscale, of any size."),
+                Guidance.Input(
+                    "guidance",
+                    optional=True,
+                    tooltip="From Inf-DiT CLIP Guidance. Left out, the CLIP tower of the model"
+                    " file describes the picture, if the model was trained with one.",
+                ),
+                io.Float.Input(
+                    "upscale_by",
+                    default=4.0,
+                    min=1.0,
+                    max=8.0,
+                    step=0.05,
+                    tooltip="How many times wider and higher the result is. The model was trained"
+                    " for 4; chain two samplings for more.",
+                ),
+                longest_edge_input(),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    tooltip="Connect to positive and to negative, and set cfg to 1.",
+                ),
+                io.Latent.Output(tooltip="Where sampling starts; connect to latent_image."),
+                CanvasType.Output(
+                    display_name="INFDIT_CANVAS",
+                    tooltip="Connect to Inf-DiT Decode, which needs the size and the alpha.",
+                ),
+            ],
+            search_aliases=["inf-dit", "infdit", "ksampler", "advanced"],
+        )
+
+    @classmethod
+    @named_errors("Inf-DiT Conditioning")
+    def execute(
+        cls,
+        model,
+        image: torch.Tensor,
+        upscale_by: float,
+        guidance: torch.Tensor | None = None,
+        longest_edge: int = 0,
+    ) -> io.NodeOutput:
+        vectors = check_inputs(model, image, guidance)
+        size = target(image, upscale_by, longest_edge)
+        check_memory(model, size, at_once=image.shape[0])
+        canvas = prepare_canvas(model, image, size)
+        concat, conditioning = conditioning_of(canvas.condition(vectors))
+        return io.NodeOutput(conditioning, {"samples": concat}, canvas)
+
+
+class InfDiTDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="InfDiTDecode",
+            display_name="Inf-DiT Decode",
+            category=CATEGORY,
+            description="Turns what a sampler made of Inf-DiT Conditioning into pictures.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="The sampler's result."),
+                CanvasType.Input("canvas", tooltip="From the same Inf-DiT Conditioning node."),
+                colour_fix_input(),
+            ],
+            outputs=picture_outputs(),
+            search_aliases=["inf-dit", "infdit", "vae decode"],
+        )
+
+    @classmethod
+    @named_errors("Inf-DiT Decode")
+    def execute(cls, samples: dict, canvas: Canvas, colour_fix: str = "none") -> io.NodeOutput:
+        require(canvas, Canvas, "expected canvas from Inf-DiT Conditioning")
+        latent = samples.get("samples") if isinstance(samples, dict) else samples
+        x = require(latent, torch.Tensor, "expected samples from a sampler")
+        expected = tuple(canvas.concat.shape)
+        needs_batch = canvas.alpha is not None or colour_fix != "none"
+        if x.shape[1:] != expected[1:] or (needs_batch and len(x) != expected[0]):
+            raise InfDiTError(
+                f"expected a latent of shape {expected}, from the sampler that"
+                f" this canvas went to; got {tuple(x.shape)}"
+            )
+        require_finite(x)
+        picture = canvas.finish(x)
+        if colour_fix != "none":
+            picture = fix_colours(picture, canvas.source, colour_fix)
+        return picture_output(picture)

@@ -1,0 +1,258 @@
+"""Inf-DiT as a core MODEL, so that every core sampler, preview and memory manager works on it."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.supported_models_base
+import torch
+
+from ...infdit_core import edm
+from ...infdit_core.checkpoints.checkpoint import Checkpoint, check, network_state_dict, read_config
+from ...infdit_core.memory.adaptive import Adaptive
+from ...infdit_core.memory.planner import Plan, plans
+from ...infdit_core.network.attention import sdpa
+from ...infdit_core.network.condition import Condition
+from ...infdit_core.network.config import InfDiTConfig
+from ...infdit_core.network.fp8 import use_fp8
+from ...infdit_core.network.model import InfDiT
+from ...infdit_core.network.residual_cache import ResidualCache
+from ..common import require
+
+CLIP_ATTACHMENT = "infdit_clip"
+"""Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
+PROGRESS = "infdit_progress"
+"""Key in `transformer_options`: called with (cells done, cells in all) in every evaluation."""
+PLAN = "infdit_plan"
+"""Key in `transformer_options`: called with the `Plan` of every evaluation that is planned here."""
+SCHEDULE = "infdit_schedule"
+"""Key in `transformer_options`: the `Schedule` of every evaluation; planned here if absent."""
+MEMORY = "infdit_memory"
+"""Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
+REUSE_LAYERS = "infdit_reuse_layers"
+"""Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
+
+_FAST_COST = 1.1
+"""A plan is fast if it takes at most this much more time than the fastest."""
+_SAME_SIGMA = 1e-3
+"""Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
+
+
+def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp8: bool = False):
+    """Build the model of a checkpoint in a `ModelPatcher`.
+
+    Args:
+        checkpoint: an opened file.
+        dtype: of the weights; None lets ComfyUI choose from the file's dtype and the device.
+        fp8: 8-bit linear layers inside the transformer layers.
+
+    Raises:
+        CheckpointError: the file is not an Inf-DiT model; the message says why.
+    """
+    config = read_config(checkpoint)
+    if unknown := check(checkpoint, config):
+        logging.warning(
+            "Inf-DiT: %s has %d unknown keys: %s", checkpoint.path, len(unknown), unknown
+        )
+    state_dict = network_state_dict(checkpoint, config)
+
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    supported = InfDiTModelConfig.supported_inference_dtypes
+    weight_dtype = dtype or comfy.model_management.unet_dtype(
+        device=load_device,
+        model_params=sum(t.numel() for t in state_dict.values()),
+        supported_dtypes=supported,
+        weight_dtype=state_dict["final.linear.weight"].dtype,
+    )
+    model_config = InfDiTModelConfig({"config": config})
+    model_config.set_inference_dtype(
+        weight_dtype,
+        comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported),
+    )
+    model = InfDiTModel(model_config, device=offload_device)
+    # looked up at call time: 0.3.64 has only the second
+    patcher_class = getattr(
+        comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher
+    )
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
+    if fp8:
+        use_fp8(model.diffusion_model.net)
+    return patcher
+
+
+def require_infdit(model: object) -> None:
+    """Raise InfDiTError unless `model` is a MODEL that holds an Inf-DiT."""
+    inner = getattr(model, "model", model)
+    require(inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
+
+
+class InfDiTModelConfig(comfy.supported_models_base.BASE):
+    """What ComfyUI's loaders ask of a model family."""
+
+    unet_extra_config = {}  # noqa: RUF012 - a class attribute of the base class
+    sampling_settings = {  # noqa: RUF012
+        "sigma_min": edm.SIGMA_MIN,
+        "sigma_max": edm.SIGMA_MAX,
+        "sigma_data": edm.SIGMA_DATA,
+    }
+    latent_format = comfy.latent_formats.ChromaRadiance
+    supported_inference_dtypes = [  # noqa: RUF012
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    ]
+
+
+class InfDiTModelSampling(
+    comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EDM
+):
+    """EDM preconditioning as in core; the first noise has the standard deviation sigma exactly."""
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        # core scales by sqrt(1 + sigma²) at the highest sigma; the release by sigma
+        return latent_image + sigma * noise
+
+
+class InfDiTModel(comfy.model_base.BaseModel):
+    """The pixel-space model: latents are pictures in [-1, 1]."""
+
+    def __init__(self, model_config, device=None):
+        super().__init__(
+            model_config, comfy.model_base.ModelType.EDM, device=device, unet_model=DiffusionModel
+        )
+        self.model_sampling = InfDiTModelSampling(model_config)
+
+    @property
+    def infdit_config(self) -> InfDiTConfig:
+        return self.diffusion_model.net.config
+
+    def extra_conds(self, **kwargs):
+        """The picture's conditions, as `InfDiTConditioning` put them into CONDITIONING."""
+        out = {}
+        for name in ("concat", "lr", "vector"):
+            if (tensor := kwargs.get(f"infdit_{name}")) is not None:
+                out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
+        out["run"] = comfy.conds.CONDConstant(SamplingRun())
+        return out
+
+    def memory_required(self, input_shape, cond_shapes=None):
+        """Bytes that sampling should find free: those of the leanest schedule that is fast."""
+        batch, _, height, width = input_shape
+        found = plan_evaluation(
+            self.diffusion_model.net, batch, height, width, self.get_dtype_inference(), self.device
+        )
+        fast = [p.peak_bytes for p in found if p.cost <= _FAST_COST]
+        return min(fast or [p.peak_bytes for p in found])
+
+
+def plan_evaluation(
+    net: InfDiT, batch: int, height: int, width: int, dtype, device, *, residual: bool = False
+) -> list[Plan]:
+    """Plans for an evaluation; weights and pictures are ComfyUI's to count."""
+    return plans(
+        net.config,
+        height,
+        width,
+        dtype,
+        device=torch.device(device).type,
+        batch=batch,
+        weights=False,
+        pictures=False,
+        residual=residual,
+    )
+
+
+class SamplingRun:
+    """What lasts from one evaluation of a sampling run to the next."""
+
+    def __init__(self):
+        self._schedule: Adaptive | None = None
+        self._lr_kv: torch.Tensor | None = None
+        self._cache: ResidualCache | None = None
+
+    def cache(self, layers: int) -> ResidualCache | None:
+        """What leaves out layers in this run."""
+        if layers and self._cache is None:
+            self._cache = ResidualCache(layers, _SAME_SIGMA)
+        return self._cache
+
+    def schedule(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
+        """The fastest schedule for x that fits, planned at the first evaluation."""
+        if self._schedule is None:
+            batch, _, height, width = x.shape
+            found = plan_evaluation(
+                net, batch, height, width, x.dtype, x.device, residual=self._cache is not None
+            )
+            free = memory_bytes or comfy.model_management.get_free_memory(x.device)
+            self._schedule = Adaptive(found, free, comfy.model_management.soft_empty_cache)
+            logging.info("Inf-DiT: %d×%d px, %s", width, height, self._schedule.plan)
+        return self._schedule
+
+    def lr_kv(self, net: InfDiT, lr: torch.Tensor, keep: bool) -> torch.Tensor | None:
+        """Keys and values of the LR picture, if they are to be kept."""
+        if not keep:
+            self._lr_kv = None
+        elif self._lr_kv is None or self._lr_kv.shape[1] != lr.shape[0]:
+            self._lr_kv = net.lr_keys_values(lr)
+        return self._lr_kv
+
+
+class DiffusionModel(torch.nn.Module):
+    """`InfDiT` behind the interface that `BaseModel.apply_model` calls."""
+
+    def __init__(self, config: InfDiTConfig, dtype=None, device=None, operations=None):
+        super().__init__()
+        self.dtype = dtype
+        self.net = InfDiT(config, dtype=dtype, device=device, operations=operations, attend=attend)
+
+    def forward(
+        self, x, timestep, context=None, control=None, transformer_options=None, **conds
+    ) -> torch.Tensor:
+        """F for x (B, 3, H, W) already times c_in and timestep (B,) = ln(sigma)/4."""
+        options = transformer_options or {}
+        if "lr" not in conds:
+            raise ValueError(
+                "Inf-DiT: expected conditioning from the Inf-DiT Conditioning node; got another."
+                " Connect its CONDITIONING to the sampler's positive and negative inputs."
+            )
+        cond = Condition(conds["concat"], conds["lr"], conds.get("vector"))
+        run: SamplingRun = conds["run"]
+        cache = run.cache(options.get(REUSE_LAYERS, 0))
+        schedule = options.get(SCHEDULE) or run.schedule(self.net, x, options.get(MEMORY))
+        if (told := options.get(PLAN)) is not None and isinstance(schedule, Adaptive):
+            told(schedule.plan)
+        return self.net(
+            x,
+            (4 * timestep).exp(),
+            cond,
+            schedule,
+            lr_kv=run.lr_kv(self.net, cond.lr, schedule.keep_lr),
+            progress=_interruptible(options.get(PROGRESS)),
+            cache=cache,
+        )
+
+
+def _interruptible(report):
+    def progress(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if report is not None:
+            report(done, total)
+
+    return progress
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The attention that the user chose for ComfyUI; on the CPU, PyTorch's, which is faster."""
+    if q.device.type == "cpu":
+        return sdpa(q, k, v)
+    out = comfy.ldm.modules.attention.optimized_attention(q, k, v, q.shape[1], skip_reshape=True)
+    return out.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)

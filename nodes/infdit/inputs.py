@@ -1,0 +1,118 @@
+"""Picture in, picture out: what the nodes that upscale share."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ...infdit_core.errors import InfDiTError
+from ...infdit_core.memory.host import require_memory
+from ...infdit_core.network.condition import Condition
+from ...infdit_core.pictures.colour_fix import COLOUR_FIXES
+from ...infdit_core.pictures.prepare import Canvas, check_image, prepare, target_size
+from ..common import require, require_image
+from .comfy_model import CLIP_ATTACHMENT, require_infdit
+
+_MAX_EDGE_PX = 32768
+
+
+def longest_edge_input() -> io.Int.Input:
+    """The size of the result by its longer side."""
+    return io.Int.Input(
+        "longest_edge",
+        default=0,
+        min=0,
+        max=_MAX_EDGE_PX,
+        optional=True,
+        tooltip="Longer side of the result in pixels, in place of upscale_by; the other side"
+        " follows. 0 leaves the size to upscale_by.",
+    )
+
+
+def colour_fix_input() -> io.Combo.Input:
+    """One of `COLOUR_FIXES`."""
+    return io.Combo.Input(
+        "colour_fix",
+        options=list(COLOUR_FIXES),
+        default="none",
+        optional=True,
+        tooltip="Takes colours from the picture that came in, over the whole picture. Wavelet takes"
+        " everything coarser than about 32 pixels of the result, adain the mean and contrast of"
+        " red, green and blue, lab those of lightness and hue. None is right unless you see a"
+        " colour cast.",
+    )
+
+
+def picture_outputs() -> list:
+    """The outputs that `picture_output` fills."""
+    return [
+        io.Image.Output(tooltip="The upscaled pictures; alpha is kept where it came in."),
+        io.Mask.Output(
+            tooltip="One minus the alpha of the result; all 0 where no alpha came in.",
+        ),
+    ]
+
+
+def check_inputs(model, image: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor | None:
+    """Refuse what cannot work, and return the embeddings (B, vector_size) that the model needs."""
+    require_image(image)
+    check_image(image)
+    require_infdit(model)
+    size = model.model.infdit_config.vector_size
+    if size == 0:
+        return None
+    vectors = _own_guidance(model, image, size) if guidance is None else guidance
+    require(vectors, torch.Tensor, "expected guidance from Inf-DiT CLIP Guidance")
+    batch = image.shape[0]
+    if vectors.shape[-1] != size or vectors.shape[0] not in (1, batch):
+        raise InfDiTError(f"expected guidance of shape {(batch, size)}; got {tuple(vectors.shape)}")
+    return vectors.expand(batch, size)
+
+
+def _own_guidance(model, image: torch.Tensor, size: int) -> torch.Tensor:
+    """Embeddings by the CLIP tower that came in the model's file."""
+    clip = model.get_attachment(CLIP_ATTACHMENT)
+    if clip is None:
+        raise InfDiTError(
+            f"this model needs a CLIP embedding of {size} values and its file has no"
+            " CLIP tower. Connect Load Inf-DiT CLIP -> Inf-DiT CLIP Guidance to guidance."
+        )
+    return clip.vector(image)
+
+
+def check_memory(model, size: tuple[int, int], results: int = 0, at_once: int = 1) -> None:
+    """Refuse results of (height, width) pixels that the main memory cannot hold."""
+    require_memory(size, model.load_device, results, at_once)
+
+
+def prepare_canvas(model, image: torch.Tensor, size: tuple[int, int]) -> Canvas:
+    """Pictures (B, H, W, C) laid out for the model; `size` is (height, width) of the result."""
+    return prepare(image, size=size, block_px=model.model.infdit_config.block_px)
+
+
+def target(image: torch.Tensor, upscale_by: float, longest_edge: int) -> tuple[int, int]:
+    """(height, width) in pixels of the result of pictures (B, H, W, C)."""
+    source = image.shape[1], image.shape[2]
+    return target_size(source, longest_edge / max(source) if longest_edge else upscale_by)
+
+
+def require_finite(samples: torch.Tensor) -> None:
+    """Refuse what a sampler made where it is no picture."""
+    if not samples.isfinite().all():
+        raise InfDiTError(
+            "expected finite pixels from the network; got NaN or infinity."
+            " Load the model with weight_dtype bf16 or fp32, or take another sampler."
+        )
+
+
+def picture_output(image: torch.Tensor) -> io.NodeOutput:
+    """IMAGE and MASK of pictures (B, H, W, 3 or 4)."""
+    alpha = image.shape[-1] == 4
+    return io.NodeOutput(image, 1 - image[..., 3] if alpha else torch.zeros(image.shape[:3]))
+
+
+def conditioning_of(cond: Condition) -> tuple[torch.Tensor, list]:
+    """The latent to start from and CONDITIONING for `InfDiTModel.extra_conds`."""
+    values = {"infdit_concat": cond.concat, "infdit_lr": cond.lr, "infdit_vector": cond.vector}
+    unused_text = torch.zeros(cond.concat.shape[0], 1, 1)
+    return cond.concat, [[unused_text, values]]
