@@ -60,11 +60,8 @@ def load_pack(device: torch.device) -> tuple[ModuleType, ModuleType]:
     assert spec.loader is not None
     pack = sys.modules["comfyui_infdit"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
-    names = ("hooks", "rules")
-    hooks, rules = (
-        importlib.import_module(f"comfyui_infdit.nodes.hidiffusion.{name}") for name in names
-    )
-    return hooks, rules
+    room = "comfyui_infdit.nodes.hidiffusion"
+    return importlib.import_module(f"{room}.hooks"), importlib.import_module(f"{room}.rules")
 
 
 def build_unet(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict]:

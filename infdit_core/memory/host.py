@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..pictures.prepare import PreparationError
-from .planner import SAMPLER_PICTURES, gigabytes
+from .planner import SAMPLER_PICTURES, PlanError, gigabytes
 
 _PICTURE_BYTES_PER_PX = 3 * 4
 _PREPARED_PICTURES = 3
@@ -34,7 +33,7 @@ def require_memory(
         at_once: pictures worked on together.
 
     Raises:
-        PreparationError: more is needed than there is.
+        PlanError: more is needed than there is.
     """
     on_cpu = torch.device(device).type == "cpu"
     working = 1 + SAMPLER_PICTURES if on_cpu else _PREPARED_PICTURES
@@ -48,11 +47,11 @@ def require_bytes(needed: float, what: str, expected: str) -> None:
     """Refuse `what` where it needs more bytes of main memory than there are.
 
     Raises:
-        PreparationError: says `what` was asked for and what was `expected` instead.
+        PlanError: says `what` was asked for and what was `expected` instead.
     """
     free = available_bytes()
     if needed > free:
-        raise PreparationError(
+        raise PlanError(
             f"{what} need at least {gigabytes(needed)} of main memory; {gigabytes(free)} are free."
             f" Expected {expected}"
         )

@@ -42,7 +42,7 @@ _HOST_WEIGHTS_COST = 0.1
 
 
 class PlanError(InfDiTError):
-    """No schedule fits the memory."""
+    """What was asked for does not fit the memory."""
 
 
 @dataclass(frozen=True)

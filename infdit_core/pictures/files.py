@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..errors import InfDiTError
 from ..memory.host import require_bytes
+from ..memory.planner import PlanError
 from . import png16, tiff
 from .metadata import Metadata, png_texts, read_metadata, save_options
-from .prepare import PreparationError
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -92,7 +92,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
         values = _values(_upright(pixels, orientation))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; expected a picture") from None
-    except (pillow.DecompressionBombError, PreparationError, MemoryError) as error:
+    except (pillow.DecompressionBombError, PlanError, MemoryError) as error:
         reason = str(error) or "not enough memory"
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
     except _DAMAGE as error:

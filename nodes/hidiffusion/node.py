@@ -15,7 +15,6 @@ from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
 from ..common import named_errors, require
-from ..schema_compat import schema
 from .hooks import KEY, Mode, Patch
 from .rules import SD15, SDXL, SDXL_TURBO, Family, Ratios
 
@@ -29,7 +28,7 @@ _PRESETS = {family.name: family for family in (SDXL, SDXL_TURBO, SD15)}
 class HiDiffusion(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return io.Schema(
             node_id="HiDiffusion",
             display_name="HiDiffusion",
             category="model/patch/unet",

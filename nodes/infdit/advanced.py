@@ -9,7 +9,6 @@ from ...infdit_core.errors import InfDiTError
 from ...infdit_core.pictures.colour_fix import fix_colours
 from ...infdit_core.pictures.prepare import Canvas
 from ..common import CATEGORY, CanvasType, Guidance, named_errors, require
-from ..schema_compat import schema
 from .inputs import (
     check_inputs,
     check_memory,
@@ -27,7 +26,7 @@ from .inputs import (
 class InfDiTConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return io.Schema(
             node_id="InfDiTConditioning",
             display_name="Inf-DiT Conditioning",
             category=CATEGORY,
@@ -87,7 +86,7 @@ class InfDiTConditioning(io.ComfyNode):
 class InfDiTDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return io.Schema(
             node_id="InfDiTDecode",
             display_name="Inf-DiT Decode",
             category=CATEGORY,

@@ -78,11 +78,10 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
         comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported),
     )
     model = InfDiTModel(model_config, device=offload_device)
-    # looked up at call time: 0.3.64 has only the second
-    patcher_class = getattr(
-        comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher
+    # looked up at call time: ComfyUI replaces it at its start where it has dynamic VRAM
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        model, load_device=load_device, offload_device=offload_device
     )
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
     if fp8:
         use_fp8(model.diffusion_model.net)

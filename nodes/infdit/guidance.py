@@ -7,14 +7,13 @@ from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
 from ..common import CATEGORY, Clip, Guidance, named_errors, require, require_image
-from ..schema_compat import schema
 from .clip import PatchedClip
 
 
 class InfDiTGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return io.Schema(
             node_id="InfDiTGuidance",
             display_name="Inf-DiT CLIP Guidance",
             category=CATEGORY,

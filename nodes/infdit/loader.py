@@ -16,7 +16,6 @@ from ...infdit_core.checkpoints.checkpoint import (
 )
 from ...infdit_core.clip import read_clip
 from ..common import CATEGORY, Clip, named_errors, require
-from ..schema_compat import schema
 from .clip import PatchedClip
 from .comfy_model import CLIP_ATTACHMENT, load_patcher
 
@@ -36,7 +35,7 @@ folder_paths.folder_names_and_paths[_FOLDER][1].update(_EXTENSIONS)
 class InfDiTCheckpointLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return io.Schema(
             node_id="InfDiTCheckpointLoader",
             display_name="Load Inf-DiT Checkpoint",
             category=CATEGORY,
@@ -101,7 +100,7 @@ class InfDiTCLIPLoader(io.ComfyNode):
         names = {
             name for folder in _CLIP_FOLDERS for name in folder_paths.get_filename_list(folder)
         }
-        return schema(
+        return io.Schema(
             node_id="InfDiTCLIPLoader",
             display_name="Load Inf-DiT CLIP",
             category=CATEGORY,

@@ -18,7 +18,6 @@ from ...infdit_core.pictures.colour_fix import fix_colours
 from ...infdit_core.pictures.prepare import pass_sizes
 from ...infdit_core.sampling import PRESETS, SOLVERS, Step
 from ..common import CATEGORY, Guidance, named_errors, require
-from ..schema_compat import schema
 from .comfy_model import PLAN, PROGRESS
 from .inputs import (
     check_inputs,
@@ -40,7 +39,7 @@ _MAX_SEED = 2**64 - 1
 class InfDiTSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return io.Schema(
             node_id="InfDiTSampler",
             display_name="Inf-DiT Upscale",
             category=CATEGORY,

@@ -7,7 +7,6 @@ from comfy_api.latest import io
 from ...infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from ...infdit_core.errors import InfDiTError
 from ..common import CATEGORY, named_errors
-from ..schema_compat import schema
 from .comfy_model import MEMORY, REUSE_LAYERS, SCHEDULE, require_infdit
 
 _AUTO, _FULL, _BLOCKS, _LAYERS = "auto", "whole picture", "block by block", "layer by layer"
@@ -16,7 +15,7 @@ _AUTO, _FULL, _BLOCKS, _LAYERS = "auto", "whole picture", "block by block", "lay
 class InfDiTSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return io.Schema(
             node_id="InfDiTSchedule",
             display_name="Inf-DiT Schedule",
             category=CATEGORY,

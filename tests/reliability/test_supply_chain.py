@@ -26,10 +26,7 @@ COMFYUI = {"comfy", "comfy_api", "folder_paths", "server"}
 
 EXPECTED_OF_BANDIT = {
     ("B403", "infdit_core/checkpoints/checkpoint.py"),  # names our pickle_reader
-    (
-        "B403",
-        "infdit_core/checkpoints/pickle_reader.py",
-    ),  # pickletools, which decodes and runs nothing
+    ("B403", "infdit_core/checkpoints/pickle_reader.py"),  # pickletools runs nothing
 }
 
 FORBIDDEN_CALLS = {
