@@ -23,11 +23,12 @@ import torch
 
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
 from infdit_core.memory.live_bytes import LiveBytes
-from infdit_core.memory.planner import describe, evaluation_bytes, evaluation_flop, grid_of
+from infdit_core.memory.planner import Workload, evaluation_bytes, evaluation_flop
 from infdit_core.network import layers
 from infdit_core.network.condition import Condition
 from infdit_core.network.config import LR_SCALE, InfDiTConfig
 from infdit_core.network.model import InfDiT
+from infdit_core.network.run import Run
 
 RESULTS = Path(__file__).with_name("results")
 CONFIGS = {
@@ -104,7 +105,7 @@ def build(config: InfDiTConfig, dtype: torch.dtype, device: torch.device) -> Inf
 
 
 def schedules_for(config: InfDiTConfig, side: int) -> list[Schedule]:
-    line = grid_of(config, side, side).shorter
+    line = Workload(config, side, side, torch.float32).grid.shorter
     found: list[Schedule] = [Full(), LayerMajor(line), BlockMajor(max(1, line // 4))]
     return [*found, LayerMajor(1), BlockMajor(1)]
 
@@ -118,10 +119,10 @@ def measure(
     x = torch.randn(1, 3, side, side, device=device, generator=generator)
     lr = torch.rand(1, 3, side // LR_SCALE, side // LR_SCALE, device=device, generator=generator)
     cond = Condition(x.clamp(-1, 1), lr)
-    lr_kv = net.lr_keys_values(lr.to(dtype))
+    run = Run()
 
     def evaluate() -> None:
-        net.denoise(x, 1.0, cond, schedule, lr_kv=lr_kv)
+        net.denoise(x, 1.0, cond, schedule, run=run)
 
     try:
         evaluate()
@@ -137,19 +138,17 @@ def measure(
             evaluate()
         peak = peak_of(evaluate, device)
     except torch.OutOfMemoryError:
-        return {"schedule": describe(schedule), "out_of_memory": True}
+        return {"schedule": str(schedule), "out_of_memory": True}
     median = statistics.median(seconds)
     return {
-        "schedule": describe(schedule),
+        "schedule": str(schedule),
         "seconds": round(median, 4),
         "seconds_all": [round(s, 4) for s in seconds],
         "flop_per_second": evaluation_flop(net.config, side, side) / median,
         "parts": {name: round(s, 4) for name, s in parts.seconds.items()},
         "peak_bytes": peak,
         # beside it the network's result and D, float32
-        "predicted_bytes": evaluation_bytes(
-            net.config, grid_of(net.config, side, side), schedule, dtype
-        )
+        "predicted_bytes": evaluation_bytes(Workload(net.config, side, side, dtype), schedule)
         + 2 * 4 * x.numel(),
     }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
-from infdit_core.memory.planner import describe, evaluation_bytes, grid_of, plans
+from infdit_core.memory.planner import Workload, evaluation_bytes, plans
 
 from .evaluation import CONFIGS, RESULTS
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     table = []
     for side in SIDES:
-        found = plans(config, side, side, dtype)
+        found = plans(Workload(config, side, side, dtype))
         for budget in BUDGETS_GB:
             chosen = next((p for p in found if p.peak_bytes <= budget * 1e9), None)
             if chosen is not None:
@@ -40,7 +40,7 @@ def main() -> None:
                     {
                         "side": side,
                         "budget_gb": budget,
-                        "schedule": describe(chosen.schedule),
+                        "schedule": str(chosen.schedule),
                         "peak_bytes": chosen.peak_bytes,
                         "host_bytes": chosen.host_bytes,
                     }
@@ -56,8 +56,8 @@ def main() -> None:
         "the same, tokens on the host": lambda grid: LayerMajor(grid.shorter, tokens_on_host=True),
     }
     for name, schedule in curves.items():
-        grids = [grid_of(config, side, side) for side in SIDES]
-        peaks = [evaluation_bytes(config, grid, schedule(grid), dtype) / 1e9 for grid in grids]
+        works = [Workload(config, side, side, dtype) for side in SIDES]
+        peaks = [evaluation_bytes(work, schedule(work.grid)) / 1e9 for work in works]
         axes.plot(SIDES, peaks, marker=".", label=name)
     for path in args.measured:
         result = json.loads(path.read_text())

@@ -24,6 +24,7 @@ from torch import Tensor
 from infdit_core import InfDiT, LayerMajor, edm_sigmas, load_model
 from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
 from infdit_core.edm import SIGMA_MAX, SIGMA_MIN
+from infdit_core.network.run import Run as Kept
 from infdit_core.sampling import SOLVERS
 from training.data import Photos, condition, reduce_bicubic
 
@@ -129,7 +130,7 @@ class Measure:
         pictures = Photos(folder, 128).batch(count, np.random.default_rng(2))
         self._model, self._cond = model, condition(reduce_bicubic(pictures))
         self._noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-        self._lr_kv = model.lr_keys_values(self._cond.lr)
+        self._kept = Kept()
         self._reference = self._sampled(own("heun"), edm_sigmas(REFERENCE_STEPS))
 
     def error(self, run: Run, sigmas: Tensor) -> tuple[float, float]:
@@ -143,7 +144,7 @@ class Measure:
 
     @torch.no_grad()
     def _denoise(self, x: Tensor, sigma: float) -> Tensor:
-        return self._model.denoise(x, sigma, self._cond, LayerMajor(16), lr_kv=self._lr_kv)
+        return self._model.denoise(x, sigma, self._cond, LayerMajor(16), run=self._kept)
 
 
 def optimised(measure: Measure, run: Run, steps: int, trials: int) -> Tensor:

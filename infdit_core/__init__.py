@@ -13,6 +13,7 @@ from .network.config import InfDiTConfig
 from .network.model import InfDiT
 from .pictures.prepare import Canvas, prepare
 from .sampling import PRESETS, SOLVERS, Step, sample
+from .upscale import Sampler, upscale
 
 __all__ = [
     "PRESETS",
@@ -27,6 +28,7 @@ __all__ = [
     "InfDiTError",
     "LayerMajor",
     "PlanError",
+    "Sampler",
     "Schedule",
     "Step",
     "edm_sigmas",
@@ -34,4 +36,5 @@ __all__ = [
     "plan",
     "prepare",
     "sample",
+    "upscale",
 ]

@@ -18,8 +18,9 @@ from .blocks.schedules import Full, Schedule
 from .edm import RHO, partial_sigmas
 from .errors import InfDiTError
 from .network.condition import Condition
-from .network.model import InfDiT, Progress
+from .network.model import InfDiT
 from .network.residual_cache import ResidualCache
+from .network.run import Progress, Run
 
 Denoise = Callable[[Tensor, float], Tensor]
 
@@ -38,6 +39,8 @@ class Step(NamedTuple):
 
 
 Callback = Callable[[Step], None]
+Retry = Callable[[Callable[[Schedule], Tensor]], Tensor]
+"""Calls an evaluation with a schedule, with another where that failed."""
 Solver = Callable[[Denoise, Tensor, list[float], Callback], Tensor]
 
 
@@ -125,6 +128,25 @@ PRESETS = {
 SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler, "multistep": multistep}
 
 
+def check_sigmas(sigmas: Tensor) -> list[float]:
+    """Noise levels (n + 1,) as numbers.
+
+    Raises:
+        InfDiTError: they do not fall, one of them is below 0 or no number, or there is one alone.
+    """
+    levels = sigmas.flatten().tolist()
+    falling = all(b < a for a, b in pairwise(levels))  # False with NaN
+    if sigmas.ndim != 1 or len(levels) < 2 or not falling or math.isinf(levels[0]):
+        found = ", ".join(f"{level:.4g}" for level in levels[:8]) or "none"
+        more = ", ..." if len(levels) > 8 else ""
+        raise InfDiTError(
+            f"expected sigmas that fall, at least two; got {tuple(sigmas.shape)}: {found}{more}"
+        )
+    if levels[-1] < 0:
+        raise InfDiTError(f"expected sigmas of at least 0; got {levels[-1]}")
+    return levels
+
+
 @torch.no_grad()
 def sample(
     model: InfDiT,
@@ -134,6 +156,7 @@ def sample(
     noise: Tensor,
     solver: str = "heun",
     schedule: Schedule | None = None,
+    retry: Retry | None = None,
     callback: Callback | None = None,
     progress: Progress | None = None,
     cache: ResidualCache | None = None,
@@ -147,8 +170,10 @@ def sample(
         noise: (B, 3, H, W) unit Gaussian.
         solver: a name in `SOLVERS`.
         schedule: the order of computation in the network.
+        retry: calls each evaluation with a schedule of its own choice, such as `Adaptive.call`,
+            which takes a smaller one when memory runs out.
         callback: called with a `Step` once in every step; may raise to cancel.
-        progress: called after every chunk of every layer of an evaluation; may raise to cancel.
+        progress: called after every cell of an evaluation; may raise to cancel.
         cache: a new one, to leave out layers where sigma has hardly changed; exact if None.
 
     Returns:
@@ -159,18 +184,17 @@ def sample(
     """
     if solver not in SOLVERS:
         raise InfDiTError(f"unknown solver {solver!r}, expected one of {', '.join(SOLVERS)}")
-    levels = [float(s) for s in sigmas]
-    if len(levels) < 2 or not all(b < a for a, b in pairwise(levels)):
-        raise InfDiTError(f"expected at least two falling sigmas, got {levels}")
-    if levels[-1] < 0:
-        raise InfDiTError(f"expected sigmas of at least 0, got {levels[-1]}")
+    levels = check_sigmas(sigmas)
     schedule = schedule or Full()
-    weight = model.final.linear.weight
-    concat = cond.concat.to(schedule.pictures_device or weight.device, torch.float32)
-    lr_kv = model.lr_keys_values(cond.lr.to(weight)) if schedule.keep_lr else None
+    run = Run(progress, cache)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        return model.denoise(x, sigma, cond, schedule, lr_kv=lr_kv, progress=progress, cache=cache)
+        def evaluate(schedule: Schedule) -> Tensor:
+            return model.denoise(x, sigma, cond, schedule, run=run)
 
+        return evaluate(schedule) if retry is None else retry(evaluate)
+
+    device = schedule.pictures_device or model.final.linear.weight.device
+    concat = cond.concat.to(device, torch.float32)
     x = concat + levels[0] * noise.to(concat)
     return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))

@@ -30,6 +30,10 @@ class Chunk(NamedTuple):
         return self.right - self.left
 
     @property
+    def blocks(self) -> int:
+        return self.rows * self.columns
+
+    @property
     def transposed(self) -> Chunk:
         return Chunk(self.left, self.right, self.top, self.bottom)
 
@@ -46,6 +50,10 @@ class Grid(NamedTuple):
 
     rows: int
     columns: int
+
+    @property
+    def blocks(self) -> int:
+        return self.rows * self.columns
 
     @property
     def whole(self) -> Chunk:
@@ -81,10 +89,7 @@ class Frontier:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        # Written by the first chunk that has something below or beside it, before any is read.
-        self._line: Tensor
-        self._end: Tensor
-        self._corner: Tensor
+        self._kept: dict[str, Tensor] = {}
 
     def exchange(self, bordered: Tensor, chunk: Chunk) -> None:
         """Fill the border of a chunk's keys and values, and keep what later chunks need.
@@ -94,7 +99,7 @@ class Frontier:
                 border row and column are written here.
             chunk: where that is; chunks come in the order of `Grid.chunks`.
         """
-        length = self._grid.shorter
+        kept, length = self._kept, self._grid.shorter
         longer = max(self._grid)
         if self._grid.by_columns:
             bordered, chunk = bordered.transpose(2, 3), chunk.transposed
@@ -102,18 +107,20 @@ class Frontier:
         if chunk.top == 0:
             bordered[:, :, 0, 1:] = bordered[:, :, 1, 1:]
         else:
-            bordered[:, :, 0, 1:] = self._line[:, :, chunk.left : chunk.right]
+            bordered[:, :, 0, 1:] = kept["line"][:, :, chunk.left : chunk.right]
         if chunk.left == 0:
             bordered[:, :, :, 0] = bordered[:, :, :, 1]
         else:
-            bordered[:, :, 1:, 0] = self._end
-            bordered[:, :, 0, 0] = self._end[:, :, 0] if chunk.top == 0 else self._corner
+            bordered[:, :, 1:, 0] = kept["end"]
+            bordered[:, :, 0, 0] = kept["end"][:, :, 0] if chunk.top == 0 else kept["corner"]
 
         if chunk.right < length:
-            self._end = bordered[:, :, 1:, -1].clone()
-            self._corner = bordered[:, :, 0, -1].clone()
+            kept["end"] = bordered[:, :, 1:, -1].clone()
+            kept["corner"] = bordered[:, :, 0, -1].clone()
         if chunk.bottom < longer:
             if chunk.top == 0 and chunk.left == 0:
                 shape = list(bordered.shape)
-                self._line = bordered.new_empty(*shape[:2], length, *shape[4:])
-            self._line[:, :, chunk.left : chunk.right] = bordered[:, :, -1, 1:]
+                kept["line"] = bordered.new_empty(*shape[:2], length, *shape[4:])
+            kept["line"][:, :, chunk.left : chunk.right] = bordered[:, :, -1, 1:]
+        elif chunk.right == length:
+            kept.clear()  # that was the last chunk

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .grid import Chunk
+
 
 class HostTokens:
-    """A list of the tokens of all chunks, kept on the host.
+    """The tokens of all chunks by chunk, kept on the host.
 
-    Getting a chunk starts the copy of the next one to the device, and setting one starts its copy
+    Taking a chunk starts the copy of the next one to the device, and putting one starts its copy
     back; both run beside the computation on a GPU, from and to pinned memory. On the device live
-    two chunks that come and one that leaves. Reading in order, again and again, is what it is for;
-    and inside `with`, because no memory may be freed that a copy is still at work on.
+    two chunks that come and one that leaves. Use it inside `with`, because no memory may be freed
+    that a copy is still at work on.
 
     Args:
         device: where tokens are computed.
-        count: how many chunks there will be.
+        cells: the (layer, chunk) cells in the order in which they are computed.
     """
 
-    def __init__(self, device: torch.device, count: int) -> None:
-        self._device, self._count = device, count
-        self._host: list[Tensor] = []
+    def __init__(self, device: torch.device, cells: Sequence[tuple[int, Chunk]]) -> None:
+        self._device = device
+        self._order = [chunk for layer, chunk in cells if layer > 0]
+        self._taken = 0
+        self._host: dict[Chunk, Tensor] = {}
         self._slots: list[Tensor] = []
-        self._coming: tuple[int, Tensor] | None = None
-        self._turn = 0
+        self._coming: Tensor | None = None
         self._leaving: Tensor | None = None
         self._in, self._out = _Stream(device), _Stream(device)
 
@@ -35,43 +40,39 @@ class HostTokens:
         self._in.join()
         self._out.join()
 
-    def append(self, tokens: Tensor) -> None:
-        """Add the tokens of the next chunk."""
-        pinned = self._device.type == "cuda"
-        # "cpu" by name: inside a device context the default may be another
-        self._host.append(
-            torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=pinned)
-        )
-        self[len(self._host) - 1] = tokens
-
-    def __setitem__(self, i: int, tokens: Tensor) -> None:
+    def __setitem__(self, chunk: Chunk, tokens: Tensor) -> None:
+        if chunk not in self._host:
+            pinned = self._device.type == "cuda"
+            # "cpu" by name: inside a device context the default may be another
+            self._host[chunk] = torch.empty(
+                tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=pinned
+            )
         self._out.join()  # so that the last chunk may go and give its memory to what comes
         self._out.follow()
         with self._out:
-            self._host[i].copy_(tokens, non_blocking=True)
+            self._host[chunk].copy_(tokens, non_blocking=True)
         self._leaving = tokens
 
-    def __getitem__(self, i: int) -> Tensor:
-        """The tokens of a chunk on the device; valid until the next but one is asked for."""
-        coming, tokens = self._coming or (None, None)
-        if tokens is None or coming != i:
-            tokens = self._fetch(i)
+    def pop(self, chunk: Chunk) -> Tensor:
+        """The tokens of the next chunk in order, on the device; valid until the next but one."""
+        tokens = self._fetch(chunk) if self._coming is None else self._coming
         self._in.join()
-        following = (i + 1) % self._count
-        self._coming = (following, self._fetch(following)) if self._count > 1 else None
+        self._taken += 1
+        following = self._order[self._taken] if self._taken < len(self._order) else chunk
+        # a chunk alone has not been put back when it is wanted again
+        self._coming = None if following == chunk else self._fetch(following)
         return tokens
 
-    def _fetch(self, i: int) -> Tensor:
-        waiting = self._host[i]
+    def _fetch(self, chunk: Chunk) -> Tensor:
+        waiting = self._host[chunk]
         if not self._slots:
-            largest = max(t.numel() for t in self._host)
+            largest = max(t.numel() for t in self._host.values())
             self._slots = [
                 torch.empty(largest, dtype=waiting.dtype, device=self._device)
-                for _ in range(min(2, self._count))
+                for _ in range(min(2, len(self._host)))
             ]
-        slot = self._slots[self._turn % len(self._slots)]
-        self._turn += 1
-        tokens = slot[: waiting.numel()].view_as(waiting)
+        self._slots.reverse()  # by turns
+        tokens = self._slots[0][: waiting.numel()].view_as(waiting)
         self._in.follow(self._out)  # the chunk may still be on its way out
         self._in.follow()  # and the slot's last chunk at work
         with self._in:

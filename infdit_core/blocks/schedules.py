@@ -1,4 +1,4 @@
-"""Orders of computation: which (chunk, layer) cell comes when, and where tokens wait meanwhile.
+"""Orders of computation: which (layer, chunk) cell comes when, and what waits where meanwhile.
 
 Layer n of a block reads only layer-n keys and values of its left-top, left and top neighbours, so
 every order that takes chunks from the top left gives the same result. What differs is memory:
@@ -6,98 +6,81 @@ every order that takes chunks from the top left gives the same result. What diff
 - `Full` keeps the tokens and one layer's activations of the whole picture.
 - `BlockMajor` takes a square of blocks through all layers, keeping every layer's frontier.
 - `LayerMajor` takes one layer over all chunks, keeping the tokens and one layer's frontier.
+
+A schedule computes nothing and moves nothing: `network.model` walks its cells, and the planner asks
+for its residency.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InfDiTError
-from .grid import Chunk, Frontier, Grid
+from .grid import Chunk, Grid
 from .host_tokens import HostTokens
 
 
-class Evaluation(Protocol):
-    """One evaluation of the network, cut into cells. `model.Evaluation` implements it."""
+class Cell(NamedTuple):
+    """One layer of one chunk."""
 
-    grid: Grid
-    num_layers: int
-    device: torch.device
-
-    def run(self, schedule: Schedule) -> None:
-        """Compute everything in the order of a schedule. Calling again begins again."""
-        ...
-
-    def stream_weights(self) -> None:
-        """Keep the layers' weights on the host from now on."""
-        ...
-
-    def embed(self, chunk: Chunk) -> Tensor:
-        """Tokens of a chunk: (B, r, c, T, hidden)."""
-        ...
-
-    def layer(self, n: int, tokens: Tensor, chunk: Chunk, frontier: Frontier) -> Tensor:
-        """The tokens after layer n."""
-        ...
-
-    def write(self, tokens: Tensor, chunk: Chunk) -> None:
-        """Turn the tokens of a chunk into pixels of the result."""
-        ...
+    layer: int
+    chunk: Chunk
 
 
-class Schedule(Protocol):
-    """An order of computation."""
+class Residency(NamedTuple):
+    """What lies where while a chunk is at work."""
 
-    def run(self, evaluation: Evaluation) -> None:
-        """Embed, transform and write every chunk of the evaluation's grid."""
-        ...
-
-    def cells(self, grid: Grid, num_layers: int) -> int:
-        """How many calls of `Evaluation.layer` a run makes."""
-        ...
-
-    @property
-    def keep_lr(self) -> bool:
-        """Whether the LR picture's keys and values are made once and kept for all evaluations."""
-        ...
-
-    @property
-    def tokens_on_host(self) -> bool:
-        """Whether tokens wait in the host's memory between layers."""
-        ...
-
-    @property
-    def pictures_device(self) -> str | torch.device | None:
-        """Where the solver's pictures live; None for the device of the model."""
-        ...
+    chunk: Chunk
+    """The largest chunk."""
+    frontiers: int
+    """Layers whose frontier is kept at a time."""
+    tokens: int
+    """Blocks whose tokens wait on the device."""
+    host_tokens: int = 0
+    """Blocks whose tokens wait in the host's memory."""
 
 
-class _OnDevice:
-    """Everything lives on the device of the model."""
+class Schedule(ABC):
+    """An order of computation. The attributes say what is kept, and where."""
 
-    keep_lr = True
-    tokens_on_host = False
-    pictures_device = None
+    keep_lr: bool = True
+    """Keys and values of the LR picture are made once and kept for all evaluations. Without, they
+    are made anew for every chunk, 0.1 % of the work."""
+    tokens_on_host: bool = False
+    """Tokens wait in the host's memory between layers, instead of that of the model's device."""
+    pictures_device: str | torch.device | None = None
+    """Where the solver's pictures live; None for the device of the model."""
+    stream_weights: bool = False
+    """The layers' weights stay on the host and come to the device one layer at a time."""
+
+    @abstractmethod
+    def chunks(self, grid: Grid) -> Iterator[Chunk]:
+        """The chunks of a picture in scanning order; the first is the largest."""
+
+    @abstractmethod
+    def cells(self, grid: Grid, num_layers: int) -> list[Cell]:
+        """The whole computation in order."""
+
+    @abstractmethod
+    def residency(self, grid: Grid, num_layers: int) -> Residency:
+        """What is kept beside the chunk at work."""
+
+    def tokens(
+        self, device: torch.device, cells: Sequence[Cell]
+    ) -> AbstractContextManager[dict[Chunk, Tensor] | HostTokens]:
+        """Where the tokens (B, r, c, T, hidden) of chunks wait between two of their layers."""
+        return HostTokens(device, cells) if self.tokens_on_host else nullcontext({})
 
 
 @dataclass(frozen=True)
-class Full(_OnDevice):
-    """The whole picture at once: the most memory."""
-
-    def run(self, evaluation: Evaluation) -> None:
-        BlockMajor(blocks=max(evaluation.grid)).run(evaluation)
-
-    def cells(self, grid: Grid, num_layers: int) -> int:
-        return num_layers
-
-
-@dataclass(frozen=True)
-class BlockMajor(_OnDevice):
+class BlockMajor(Schedule):
     """`blocks`×`blocks` blocks at a time through all layers (figure 3 of the paper).
 
     Keeps one line of blocks of keys and values per layer, along the shorter side of the picture.
@@ -108,20 +91,38 @@ class BlockMajor(_OnDevice):
     def __post_init__(self) -> None:
         _require_positive("blocks", self.blocks)
 
-    def run(self, evaluation: Evaluation) -> None:
-        frontiers = [Frontier(evaluation.grid) for _ in range(evaluation.num_layers)]
-        for chunk in evaluation.grid.chunks(self.blocks, self.blocks):
-            tokens = evaluation.embed(chunk)
-            for n, frontier in enumerate(frontiers):
-                tokens = evaluation.layer(n, tokens, chunk, frontier)
-            evaluation.write(tokens, chunk)
+    def chunks(self, grid: Grid) -> Iterator[Chunk]:
+        return grid.chunks(self.blocks, self.blocks)
 
-    def cells(self, grid: Grid, num_layers: int) -> int:
-        return num_layers * sum(1 for _ in grid.chunks(self.blocks, self.blocks))
+    def cells(self, grid: Grid, num_layers: int) -> list[Cell]:
+        return [Cell(n, chunk) for chunk in self.chunks(grid) for n in range(num_layers)]
+
+    def residency(self, grid: Grid, num_layers: int) -> Residency:
+        return Residency(next(self.chunks(grid)), frontiers=num_layers, tokens=0)
+
+    def __str__(self) -> str:
+        return f"block by block, {self.blocks}×{self.blocks} at a time"
 
 
 @dataclass(frozen=True)
-class LayerMajor:
+class Full(Schedule):
+    """The whole picture at once: the most memory."""
+
+    def chunks(self, grid: Grid) -> Iterator[Chunk]:
+        yield grid.whole
+
+    def cells(self, grid: Grid, num_layers: int) -> list[Cell]:
+        return [Cell(n, grid.whole) for n in range(num_layers)]
+
+    def residency(self, grid: Grid, num_layers: int) -> Residency:
+        return Residency(grid.whole, frontiers=0, tokens=0)
+
+    def __str__(self) -> str:
+        return "the whole picture at once"
+
+
+@dataclass(frozen=True)
+class LayerMajor(Schedule):
     """One layer at a time over the picture, `blocks_per_chunk` blocks at a time.
 
     Keeps the tokens of the picture and one line of blocks of keys and values of one layer.
@@ -129,44 +130,70 @@ class LayerMajor:
 
     blocks_per_chunk: int = 1
     tokens_on_host: bool = False
-    """Tokens wait in the host's memory between layers, instead of that of the model's device."""
     keep_lr: bool = True
-    """Off: keys and values of the LR picture are made anew for every chunk, 0.1 % of the work."""
     pictures_device: str | torch.device | None = None
-    """Where the solver's pictures live; None for the device of the model."""
     stream_weights: bool = False
-    """The layers' weights stay on the host and come to the device one layer at a time."""
 
     def __post_init__(self) -> None:
         _require_positive("blocks_per_chunk", self.blocks_per_chunk)
 
-    def chunks(self, grid: Grid) -> list[Chunk]:
+    def chunks(self, grid: Grid) -> Iterator[Chunk]:
         """Parts of a line of blocks, or as many whole lines as a chunk holds."""
         lines, length = divmod(self.blocks_per_chunk, grid.shorter)
-        return list(grid.chunks(lines, grid.shorter) if lines else grid.chunks(1, length))
+        return grid.chunks(lines, grid.shorter) if lines else grid.chunks(1, length)
 
-    def run(self, evaluation: Evaluation) -> None:
-        if self.stream_weights:
-            evaluation.stream_weights()
-        chunks = self.chunks(evaluation.grid)
-        with self._tokens(evaluation.device, len(chunks)) as tokens:
-            for chunk in chunks:
-                tokens.append(evaluation.embed(chunk))
-            for n in range(evaluation.num_layers):
-                frontier = Frontier(evaluation.grid)
-                for i, chunk in enumerate(chunks):
-                    tokens[i] = evaluation.layer(n, tokens[i], chunk, frontier)
-            for i, chunk in enumerate(chunks):
-                evaluation.write(tokens[i], chunk)
+    def cells(self, grid: Grid, num_layers: int) -> list[Cell]:
+        chunks = list(self.chunks(grid))
+        return [Cell(n, chunk) for n in range(num_layers) for chunk in chunks]
 
-    def _tokens(
-        self, device: torch.device, count: int
-    ) -> AbstractContextManager[list[Tensor] | HostTokens]:
-        """Where the tokens of all chunks wait between layers."""
-        return HostTokens(device, count) if self.tokens_on_host else nullcontext([])
+    def residency(self, grid: Grid, num_layers: int) -> Residency:
+        chunk = next(self.chunks(grid))
+        waiting = grid.blocks - chunk.blocks
+        if not self.tokens_on_host:
+            return Residency(chunk, frontiers=1, tokens=waiting)
+        # two slots for what comes, one of them counted with the chunk; and what leaves
+        return Residency(chunk, 1, min(2 * chunk.blocks, waiting), host_tokens=grid.blocks)
 
-    def cells(self, grid: Grid, num_layers: int) -> int:
-        return num_layers * len(self.chunks(grid))
+    def __str__(self) -> str:
+        m = self.blocks_per_chunk
+        parts = [f"layer by layer, {m} block{'s' * (m > 1)} at a time"]
+        parts += ["tokens on the host"] * self.tokens_on_host
+        parts += ["LR keys made anew"] * (not self.keep_lr)
+        parts += ["pictures on the host"] * (self.pictures_device is not None)
+        parts += ["weights on the host"] * self.stream_weights
+        return ", ".join(parts)
+
+
+def candidates(grid: Grid, *, host: bool, weights: bool) -> Iterator[Schedule]:
+    """The schedules worth considering for a picture.
+
+    Args:
+        host: whether the host's memory is another than the device's, so that things can wait there.
+        weights: whether the network's weights may wait there too.
+    """
+    longer, shorter = max(grid), grid.shorter
+    yield Full()
+    sizes = [lines * shorter for lines in _halvings(longer)]
+    sizes += [blocks for blocks in _halvings(shorter) if blocks < shorter]
+    for size in sizes:
+        yield LayerMajor(size)
+        yield LayerMajor(size, keep_lr=False)
+        if host:
+            yield LayerMajor(size, tokens_on_host=True)
+            lean = LayerMajor(size, tokens_on_host=True, keep_lr=False)
+            yield lean
+            lean = replace(lean, pictures_device="cpu")
+            yield lean
+            if weights:
+                yield replace(lean, stream_weights=True)
+    for blocks in _halvings(shorter):
+        yield BlockMajor(blocks)
+
+
+def _halvings(n: int) -> Iterator[int]:
+    while n >= 1:
+        yield n
+        n //= 2
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
 from ..checkpoints.checkpoint import (
@@ -24,18 +23,16 @@ from ..checkpoints.checkpoint import (
 from ..checkpoints.convert import convert
 from ..clip import ClipGuide, read_clip
 from ..errors import InfDiTError
-from ..memory.adaptive import Adaptive, is_out_of_memory
-from ..memory.host import require_memory
-from ..memory.planner import describe, evaluation_flop, gigabytes, plans
-from ..network.condition import Condition
+from ..memory.adaptive import is_out_of_memory
+from ..memory.planner import Workload, evaluation_flop, gigabytes, plans
 from ..network.fp8 import use_fp8
 from ..network.model import InfDiT
-from ..network.residual_cache import ResidualCache
-from ..pictures.colour_fix import fix_colours
 from ..pictures.files import check_writable, read_image, write_image
-from ..pictures.prepare import pass_sizes, prepare, target_size
-from ..sampling import PRESETS, Preset, Step, sample
+from ..pictures.prepare import pass_sizes, target_size
+from ..sampling import PRESETS, Preset
+from ..upscale import Sampler, upscale
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
+from .progress import Progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +41,7 @@ class UsageError(Exception):
     """Arguments that contradict each other."""
 
 
-def upscale(args: argparse.Namespace) -> int:
+def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that fails, and leave alone what is there already."""
     _check_schedule(args)
     jobs = plan_jobs(args.input, args.output, args.format, args.overwrite)
@@ -107,87 +104,32 @@ def _upscale_picture(
     started = time.monotonic()
     image, info = read_image(source)
     check_writable(target, alpha=image.shape[-1] == 4, bit_depth=args.bit_depth)
-    source_size = image.shape[1], image.shape[2]
-    factor = args.size / max(source_size) if args.size else args.scale
-    sizes = pass_sizes(source_size, target_size(source_size, factor))
-    require_memory(sizes[-1], next(model.parameters()).device)
-    vector = None
+    height, width = image.shape[1:3]
+    size = target_size((height, width), args.scale, args.size)
+    vectors = None
     if guide:
-        vector = guide.guide(image, args.positive, args.negative, args.text_strength)
-    picture = image
+        vectors = guide.guide(image, args.positive, args.negative, args.text_strength)
     preset = PRESETS[args.preset]
     preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
-    sigmas = preset.sigmas(args.denoise)
-    with _Progress(source.name, (len(sigmas) - 1) * len(sizes)) as progress:
-        for size in sizes:
-            picture = _one_pass(model, picture, size, vector, preset.solver, sigmas, progress, args)
-    picture = fix_colours(picture, image, args.colour_fix)
+    steps = (len(preset.sigmas(args.denoise)) - 1) * len(pass_sizes((height, width), size))
+    with Progress(source.name, steps) as progress:
+        draw = Sampler(
+            model,
+            preset,
+            args.seed,
+            args.denoise,
+            _schedule(args),
+            args.memory,
+            args.reuse_layers or 0,
+            progress.step,
+            progress.cells,
+        )
+        picture = upscale(image, size, draw, vectors=vectors, colour_fix=args.colour_fix)
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
-    (height, width), (to_height, to_width) = source_size, sizes[-1]
     _say(
-        f"{source} ({width}×{height}) -> {target} ({to_width}×{to_height}),"
+        f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"
         f" {time.monotonic() - started:.1f} s"
     )
-
-
-def _one_pass(
-    model: InfDiT,
-    picture: Tensor,
-    size: tuple[int, int],
-    vector: Tensor | None,
-    solver: str,
-    sigmas: Tensor,
-    progress: _Progress,
-    args: argparse.Namespace,
-) -> Tensor:
-    canvas = prepare(picture, size=size, block_px=model.config.block_px)
-    device = next(model.parameters()).device
-    # On the CPU, so that the device does not change the picture.
-    noise = torch.randn(canvas.concat.shape, generator=torch.Generator().manual_seed(args.seed))
-    result = sample(
-        model,
-        Condition(canvas.concat.to(device), canvas.lr.to(device), vector),
-        sigmas,
-        noise=noise,
-        solver=solver,
-        schedule=_schedule(args, model, canvas.concat),
-        callback=progress.step,
-        progress=progress.cells,
-        cache=ResidualCache(args.reuse_layers) if args.reuse_layers else None,
-    )
-    if not result.isfinite().all():
-        raise CommandError(
-            "expected finite pixels from the network, got NaN or infinity;"
-            " try --dtype fp32, or another --model"
-        )
-    return canvas.finish(result.cpu())
-
-
-class _Progress:
-    """Two bars on a terminal: the solver's steps, and the chunks of blocks of an evaluation."""
-
-    def __init__(self, name: str, steps: int) -> None:
-        from tqdm import tqdm
-
-        # disable=None: no bars where the output is no terminal
-        self._steps = tqdm(desc=name, total=steps, unit="step", disable=None)
-        self._cells = tqdm(desc="blocks", unit="chunk", position=1, leave=False, disable=None)
-
-    def step(self, step: Step) -> None:
-        self._steps.set_postfix_str(f"sigma {step.sigma:.3g}")
-        self._steps.update(1)
-
-    def cells(self, done: int, total: int) -> None:
-        if done <= self._cells.n or self._cells.total is None:
-            self._cells.reset(total)
-        self._cells.update(done - self._cells.n)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._cells.close()
-        self._steps.close()
 
 
 def convert_file(args: argparse.Namespace) -> int:
@@ -272,28 +214,13 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise UsageError("--memory goes with --schedule auto")
 
 
-def _schedule(args: argparse.Namespace, model: InfDiT, concat: Tensor) -> Schedule:
+def _schedule(args: argparse.Namespace) -> Schedule | None:
+    """The order that was asked for; None for the fastest that fits."""
     if args.schedule == "full":
         return Full()
     if args.schedule == "block-major":
         return BlockMajor(args.blocks or 1)
-    if args.schedule == "layer-major":
-        return LayerMajor(args.blocks or 1)
-    weight = model.final.linear.weight
-    memory = args.memory
-    if memory is None and weight.device.type == "cuda":
-        held = sum(p.nbytes for p in model.parameters() if p.device == weight.device)
-        memory = torch.cuda.mem_get_info(weight.device)[0] + held
-    height, width = concat.shape[-2:]
-    found = plans(
-        model.config,
-        height,
-        width,
-        weight.dtype,
-        device=weight.device.type,
-        residual=bool(args.reuse_layers),
-    )
-    return Adaptive(found, memory)
+    return LayerMajor(args.blocks or 1) if args.schedule == "layer-major" else None
 
 
 def plan_table(args: argparse.Namespace) -> int:
@@ -302,7 +229,7 @@ def plan_table(args: argparse.Namespace) -> int:
         config = read_config(checkpoint)
     height, width = args.size[1], args.size[0]
     dtype = DTYPES[args.dtype]
-    found = plans(config, height, width, dtype, device=args.device)
+    found = plans(Workload(config, height, width, dtype, device=args.device))
     chosen = next((p for p in found if args.memory is None or p.peak_bytes <= args.memory), None)
     petaflop = evaluation_flop(config, height, width) / 1e15
     _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
@@ -310,7 +237,7 @@ def plan_table(args: argparse.Namespace) -> int:
     for p in found:
         mark = "> " if p is chosen else "  "
         host = gigabytes(p.host_bytes) if p.host_bytes else "-"
-        row = f"{describe(p.schedule):64}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
+        row = f"{p.schedule!s:64}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
         _say(mark + row)
     if chosen is None and args.memory is not None:
         smallest = min(found, key=lambda p: p.peak_bytes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoints.checkpoint import BUNDLED_FOLDER
 from ..pictures.colour_fix import COLOUR_FIXES
 from ..sampling import PRESETS, SOLVERS
-from .commands import DTYPES, convert_file, inspect, plan_table, upscale
+from .commands import DTYPES, convert_file, inspect, plan_table, upscale_files
 
 _BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
 _MAX_SEED = 2**64 - 1
@@ -38,7 +38,7 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         description="Upscale pictures. 8- and 16-bit PNG, JPEG, WebP, TIFF and BMP are read; grey"
         " becomes RGB; alpha, the colour profile, EXIF, XMP and the texts of PNG are kept.",
     )
-    parser.set_defaults(command=upscale)
+    parser.set_defaults(command=upscale_files)
     parser.add_argument("input", nargs="+", type=Path, help="pictures, or folders of pictures")
     parser.add_argument(
         "-o",

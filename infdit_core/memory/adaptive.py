@@ -1,18 +1,22 @@
-"""A schedule that gives way when memory runs out."""
+"""Evaluations that are tried again with less memory when it runs out."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
-from ..blocks.grid import Grid
-from ..blocks.schedules import Evaluation
+from ..blocks.schedules import Schedule
+from ..network.model import InfDiT
+from .host import available_bytes
 from .planner import Plan, PlanError
 
 _CLEARLY_SMALLER = 0.8
 """Share of a plan's memory that another may take to be worth trying first after it failed."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +55,16 @@ class Adaptive:
         self.plan = fitting[0] if fitting else min(plans, key=lambda p: p.peak_bytes)
         """The plan in use."""
 
-    @property
-    def keep_lr(self) -> bool:
-        return self.plan.schedule.keep_lr
-
-    @property
-    def tokens_on_host(self) -> bool:
-        return self.plan.schedule.tokens_on_host
-
-    @property
-    def pictures_device(self) -> str | torch.device | None:
-        return self.plan.schedule.pictures_device
-
-    def cells(self, grid: Grid, num_layers: int) -> int:
-        return self.plan.schedule.cells(grid, num_layers)
-
-    def run(self, evaluation: Evaluation) -> None:
+    def call(self, evaluate: Callable[[Schedule], T]) -> T:
+        """What `evaluate` returns with the schedule of the plan, or of a smaller one."""
         # Smaller plans are tried outside the except block: its traceback holds the tensors.
-        while (failure := self._attempt(evaluation)) is not None:
+        while True:
+            try:
+                return evaluate(self.plan.schedule)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)
             smaller = self._smaller(_CLEARLY_SMALLER) or self._smaller(1.0)
             if not smaller:
                 raise failure
@@ -82,14 +78,13 @@ class Adaptive:
     def _smaller(self, share: float) -> list[Plan]:
         return [p for p in self._plans if p.peak_bytes < share * self.plan.peak_bytes]
 
-    def _attempt(self, evaluation: Evaluation) -> BaseException | None:
-        try:
-            evaluation.run(self.plan.schedule)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return error.with_traceback(None)
-        return None
+
+def memory_budget(net: InfDiT) -> float:
+    """Bytes that a run may take on the network's device, its weights there included."""
+    device = net.final.linear.weight.device
+    held = sum(p.nbytes for p in net.parameters() if p.device == device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    return free + held
 
 
 def _free_cuda_memory() -> None:

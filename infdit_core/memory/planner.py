@@ -2,25 +2,25 @@
 
 The peak of one chunk is not a formula but a measurement: the network's own code runs on the meta
 device, where tensors have shapes and no memory, and the bytes that would be alive are counted. What
-a schedule keeps between chunks (tokens, frontiers) follows from section 3 of the paper.
+is kept between chunks (tokens, frontiers) is the schedule's own word, its `Residency`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..blocks.grid import Chunk, Frontier, Grid
-from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
+from ..blocks.grid import Chunk, Grid
+from ..blocks.schedules import LayerMajor, Schedule, candidates
 from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE, InfDiTConfig
-from ..network.model import Evaluation, InfDiT
+from ..network.model import InfDiT
+from ..network.run import Run
 from ..network.streaming import resident_parameters
 from .live_bytes import LiveBytes
 
@@ -46,20 +46,57 @@ class PlanError(InfDiTError):
 
 
 @dataclass(frozen=True)
+class Workload:
+    """The sampling of a picture, as far as its memory depends on it."""
+
+    config: InfDiTConfig
+    height: int
+    width: int
+    """Of the result in pixels; padded to whole blocks here."""
+    dtype: torch.dtype
+    """Of the computation."""
+    batch: int = 1
+    device: str = "cuda"
+    """Type of the network's device: each has its own best chunk, and a CPU is its own host."""
+    weights: bool = True
+    """Whether the network's weights must fit into the same memory."""
+    pictures: bool = True
+    """Whether the solver's pictures must."""
+    residual: bool = False
+    """Whether a `ResidualCache` is used."""
+
+    @property
+    def grid(self) -> Grid:
+        side = self.config.block_px
+        return Grid(math.ceil(self.height / side), math.ceil(self.width / side))
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the tokens of one block."""
+        return self.batch * self.config.block_tokens * self.config.hidden_size * self.dtype.itemsize
+
+    @property
+    def picture_bytes(self) -> int:
+        """Of the solver's pictures and the network's result, float32."""
+        pixels = self.grid.blocks * self.config.block_px**2
+        return (1 + SAMPLER_PICTURES) * self.batch * 3 * pixels * 4
+
+
+@dataclass(frozen=True)
 class Plan:
     """A schedule and what it is expected to take."""
 
     schedule: Schedule
     peak_bytes: int
-    """On the device of the model, weights included if asked for."""
+    """On the device of the model, with what the workload counts."""
     host_bytes: int
-    """Of tokens and pictures that wait in the host's memory."""
+    """Of what waits in the host's memory: tokens, pictures, weights."""
     cost: float
     """Expected time relative to the best schedule on unlimited memory."""
 
     def __str__(self) -> str:
         host = f", {gigabytes(self.host_bytes)} on the host" if self.host_bytes else ""
-        return f"{describe(self.schedule)}, about {gigabytes(self.peak_bytes)}{host}"
+        return f"{self.schedule}, about {gigabytes(self.peak_bytes)}{host}"
 
 
 def plan(
@@ -76,138 +113,76 @@ def plan(
     """The fastest schedule whose peak fits.
 
     Args:
-        height, width: of the result in pixels; padded to whole blocks here.
-        dtype: of the computation.
         memory_bytes: what may be taken on the device.
-        device: "cpu" or "cuda", which have different best chunks.
-        weights: whether the weights must fit into that memory too.
+        others: see `Workload`.
 
     Raises:
         PlanError: none fits.
     """
-    found = plans(config, height, width, dtype, device=device, batch=batch, weights=weights)
+    found = plans(Workload(config, height, width, dtype, batch, device, weights))
     for candidate in found:
         if candidate.peak_bytes <= memory_bytes:
             return candidate.schedule
     smallest = min(found, key=lambda p: p.peak_bytes)
     raise PlanError(
         f"{width}×{height} px needs at least {gigabytes(smallest.peak_bytes)} with this model"
-        f" ({describe(smallest.schedule)}), got {gigabytes(memory_bytes)}"
+        f" ({smallest.schedule}), got {gigabytes(memory_bytes)}"
     )
 
 
-def plans(
-    config: InfDiTConfig,
-    height: int,
-    width: int,
-    dtype: torch.dtype,
-    *,
-    device: str = "cuda",
-    batch: int = 1,
-    weights: bool = True,
-    pictures: bool = True,
-    residual: bool = False,
-) -> list[Plan]:
-    """All schedules worth considering, the fastest first; arguments as for `peak_bytes`."""
-    grid = grid_of(config, height, width)
-    found = []
-    for schedule in _candidates(grid, device, weights):
-        chunk = _largest_chunk(schedule, grid)
-        cost = _cost(chunk.rows * chunk.columns * config.block_tokens * batch, device)
-        peak = peak_bytes(
-            config,
-            height,
-            width,
-            schedule,
-            dtype,
-            batch=batch,
-            weights=weights,
-            pictures=pictures,
-            residual=residual,
-        )
-        host_bytes = 0
-        if isinstance(schedule, LayerMajor):
-            if not schedule.keep_lr:
-                cost += _LR_ANEW_COST
-            if schedule.tokens_on_host:
-                cost += _HOST_TOKENS_COST
-                host_bytes += (1 + residual) * _blocks(grid) * _block_bytes(config, dtype, batch)
-            if schedule.pictures_device is not None:
-                cost += _HOST_PICTURES_COST
-                host_bytes += _picture_bytes(config, grid, batch)
-            if schedule.stream_weights:
-                cost += _HOST_WEIGHTS_COST
-                host_bytes += weight_bytes(config, dtype) - streamed_weight_bytes(config, dtype)
-        found.append(Plan(schedule, peak, host_bytes, cost))
-    return sorted(found, key=lambda p: (round(p.cost, 2), p.peak_bytes))
+def plans(work: Workload) -> list[Plan]:
+    """All schedules worth considering, the fastest first."""
+    found = candidates(work.grid, host=work.device != "cpu", weights=work.weights)
+    made = [Plan(s, peak_bytes(work, s), host_bytes(work, s), _cost(work, s)) for s in found]
+    return sorted(made, key=lambda p: (round(p.cost, 2), p.peak_bytes))
 
 
-def peak_bytes(
-    config: InfDiTConfig,
-    height: int,
-    width: int,
-    schedule: Schedule,
-    dtype: torch.dtype,
-    *,
-    batch: int = 1,
-    weights: bool = True,
-    pictures: bool = True,
-    residual: bool = False,
-) -> int:
-    """Bytes alive on the device at the peak of sampling a picture of height×width pixels.
-
-    Args:
-        weights, pictures: whether the network's weights and the solver's pictures count.
-        residual: whether a `ResidualCache` is used.
-    """
-    grid = grid_of(config, height, width)
-    total = evaluation_bytes(config, grid, schedule, dtype, batch)
-    total += _lr_bytes(config, grid, dtype, batch, kept=schedule.keep_lr)
-    if pictures and schedule.pictures_device is None:
-        total += _picture_bytes(config, grid, batch)
-    if residual and not schedule.tokens_on_host:
-        total += _blocks(grid) * _block_bytes(config, dtype, batch)
-    if weights:
-        streamed = isinstance(schedule, LayerMajor) and schedule.stream_weights
-        total += (streamed_weight_bytes if streamed else weight_bytes)(config, dtype)
+def peak_bytes(work: Workload, schedule: Schedule) -> int:
+    """Bytes alive on the device at the peak of sampling."""
+    total = evaluation_bytes(work, schedule) + _lr_bytes(work, kept=schedule.keep_lr)
+    if work.pictures and schedule.pictures_device is None:
+        total += work.picture_bytes
+    if work.residual and not schedule.tokens_on_host:
+        total += work.grid.blocks * work.block_bytes
+    if work.weights:
+        total += weight_bytes(work.config, work.dtype, streamed=schedule.stream_weights)
     return total
 
 
-def evaluation_bytes(
-    config: InfDiTConfig, grid: Grid, schedule: Schedule, dtype: torch.dtype, batch: int = 1
-) -> int:
+def host_bytes(work: Workload, schedule: Schedule) -> int:
+    """Bytes of what waits in the host's memory."""
+    waiting = schedule.residency(work.grid, work.config.num_layers).host_tokens
+    total = (1 + work.residual) * waiting * work.block_bytes
+    if schedule.pictures_device is not None:
+        total += work.picture_bytes
+    if schedule.stream_weights:
+        total += weight_bytes(work.config, work.dtype)
+        total -= weight_bytes(work.config, work.dtype, streamed=True)
+    return total
+
+
+def evaluation_bytes(work: Workload, schedule: Schedule) -> int:
     """Bytes of tokens, frontiers and the chunk at work: what the schedule decides about."""
-    chunk = _largest_chunk(schedule, grid)
-    at_work = _chunk_bytes(config, chunk.rows, chunk.columns, dtype, batch, schedule.keep_lr)
-    if isinstance(schedule, BlockMajor):
-        return at_work + config.num_layers * _frontier_bytes(config, grid, chunk, dtype, batch)
-    if isinstance(schedule, LayerMajor):
-        at_work += _frontier_bytes(config, grid, chunk, dtype, batch)
-        blocks = chunk.rows * chunk.columns
-        waiting = _blocks(grid) - blocks
-        if schedule.tokens_on_host:  # two slots for what comes, one of them counted; what leaves
-            waiting = min(2 * blocks, waiting)
-        at_work += waiting * _block_bytes(config, dtype, batch)
-    return at_work
-
-
-def weight_bytes(config: InfDiTConfig, dtype: torch.dtype) -> int:
-    """Bytes of the network's parameters."""
-    return sum(math.prod(s) for s in config.parameter_shapes().values()) * dtype.itemsize
-
-
-def streamed_weight_bytes(config: InfDiTConfig, dtype: torch.dtype) -> int:
-    """Bytes of parameters on the device where layers come one at a time."""
-    net = InfDiT(config, dtype=dtype, device="meta")
-    return sum(p.nbytes for p in resident_parameters(net)) + sum(
-        p.nbytes for p in net.layers[0].parameters()
+    kept = schedule.residency(work.grid, work.config.num_layers)
+    chunk = kept.chunk
+    at_work = _chunk_bytes(
+        work.config, chunk.rows, chunk.columns, work.dtype, work.batch, schedule.keep_lr
     )
+    frontiers = kept.frontiers * 2 * _frontier_blocks(work.grid, chunk)
+    return at_work + (frontiers + kept.tokens) * work.block_bytes
+
+
+def weight_bytes(config: InfDiTConfig, dtype: torch.dtype, *, streamed: bool = False) -> int:
+    """Bytes of the network's parameters; of those on the device where layers come one at a time."""
+    if not streamed:
+        return sum(math.prod(s) for s in config.parameter_shapes().values()) * dtype.itemsize
+    net = InfDiT(config, dtype=dtype, device="meta")
+    return sum(p.nbytes for p in [*resident_parameters(net), *net.layers[0].parameters()])
 
 
 def evaluation_flop(config: InfDiTConfig, height: int, width: int) -> float:
     """Floating point operations of one evaluation, multiply and add counted as two."""
-    grid = grid_of(config, height, width)
-    tokens = grid.rows * grid.columns * config.block_tokens
+    tokens = Workload(config, height, width, torch.float32).grid.blocks * config.block_tokens
     h, t = config.hidden_size, config.block_tokens
     linear = 2 * (4 * h * h + 2 * h * config.mlp_size)
     attention = 2 * 2 * 4 * t * h
@@ -215,98 +190,34 @@ def evaluation_flop(config: InfDiTConfig, height: int, width: int) -> float:
     return float(tokens) * (config.num_layers * (linear + attention) + cross)
 
 
-def describe(schedule: Schedule) -> str:
-    """A schedule in words."""
-    match schedule:
-        case BlockMajor(blocks=n):
-            return f"block by block, {n}×{n} at a time"
-        case LayerMajor(blocks_per_chunk=m):
-            where = ", tokens on the host" if schedule.tokens_on_host else ""
-            where += "" if schedule.keep_lr else ", LR keys made anew"
-            where += ", pictures on the host" if schedule.pictures_device is not None else ""
-            where += ", weights on the host" if schedule.stream_weights else ""
-            return f"layer by layer, {m} block{'s' * (m > 1)} at a time{where}"
-    return "the whole picture at once"
+def _cost(work: Workload, schedule: Schedule) -> float:
+    """Expected time relative to the best chunk with everything on the device."""
+    best = _BEST_CHUNK_TOKENS.get(work.device, _BEST_CHUNK_TOKENS["cuda"])
+    chunk = next(iter(schedule.chunks(work.grid)))
+    doublings = math.log2(chunk.blocks * work.config.block_tokens * work.batch / best)
+    cost = 1 + max(_LARGE_CHUNK_COST * doublings, -_SMALL_CHUNK_COST * doublings)
+    cost += _LR_ANEW_COST * (not schedule.keep_lr) + _HOST_TOKENS_COST * schedule.tokens_on_host
+    cost += _HOST_PICTURES_COST * (schedule.pictures_device is not None)
+    return cost + _HOST_WEIGHTS_COST * schedule.stream_weights
 
 
-def grid_of(config: InfDiTConfig, height: int, width: int) -> Grid:
-    """The block grid of a picture in pixels, padded to whole blocks."""
-    return Grid(math.ceil(height / config.block_px), math.ceil(width / config.block_px))
-
-
-def _candidates(grid: Grid, device: str, weights: bool) -> Iterator[Schedule]:
-    longer, shorter = max(grid), grid.shorter
-    yield Full()
-    sizes = [lines * shorter for lines in _halvings(longer)]
-    sizes += [blocks for blocks in _halvings(shorter) if blocks < shorter]
-    for size in sizes:
-        yield LayerMajor(size)
-        yield LayerMajor(size, keep_lr=False)
-        if device != "cpu":
-            yield LayerMajor(size, tokens_on_host=True)
-            lean = LayerMajor(size, tokens_on_host=True, keep_lr=False)
-            yield lean
-            lean = replace(lean, pictures_device="cpu")
-            yield lean
-            if weights:
-                yield replace(lean, stream_weights=True)
-    for blocks in _halvings(shorter):
-        yield BlockMajor(blocks)
-
-
-def _halvings(n: int) -> Iterator[int]:
-    while n >= 1:
-        yield n
-        n //= 2
-
-
-def _largest_chunk(schedule: Schedule, grid: Grid) -> Chunk:
-    match schedule:
-        case BlockMajor(blocks=n):
-            return next(grid.chunks(n, n))
-        case LayerMajor():
-            return schedule.chunks(grid)[0]
-    return grid.whole
-
-
-def _cost(tokens: int, device: str) -> float:
-    doublings = math.log2(tokens / _BEST_CHUNK_TOKENS.get(device, _BEST_CHUNK_TOKENS["cuda"]))
-    return 1 + (_LARGE_CHUNK_COST * doublings if doublings > 0 else -_SMALL_CHUNK_COST * doublings)
-
-
-def _block_bytes(config: InfDiTConfig, dtype: torch.dtype, batch: int) -> int:
-    return batch * config.block_tokens * config.hidden_size * dtype.itemsize
-
-
-def _picture_bytes(config: InfDiTConfig, grid: Grid, batch: int) -> int:
-    """The solver's pictures and the network's result, float32."""
-    return (1 + SAMPLER_PICTURES) * batch * 3 * _blocks(grid) * config.block_px**2 * 4
-
-
-def _blocks(grid: Grid) -> int:
-    return grid.rows * grid.columns
-
-
-def _frontier_bytes(
-    config: InfDiTConfig, grid: Grid, chunk: Chunk, dtype: torch.dtype, batch: int
-) -> int:
-    """Keys and values of the line across the shorter side, the last chunk's end and corner."""
+def _frontier_blocks(grid: Grid, chunk: Chunk) -> int:
+    """Blocks of a frontier: the line across the shorter side, the last chunk's end and corner."""
     if grid.by_columns:
         chunk = chunk.transposed
     blocks = grid.shorter if chunk.rows < max(grid) else 0
     if chunk.columns < grid.shorter:
         blocks += chunk.rows + 1
-    return 2 * blocks * _block_bytes(config, dtype, batch)
+    return blocks
 
 
-def _lr_bytes(
-    config: InfDiTConfig, grid: Grid, dtype: torch.dtype, batch: int, *, kept: bool
-) -> int:
+def _lr_bytes(work: Workload, *, kept: bool) -> int:
     """The LR picture, and its keys and values with their border if they are kept."""
-    total = batch * 3 * _blocks(grid) * (config.block_px // LR_SCALE) ** 2 * 4
+    config, grid = work.config, work.grid
+    total = work.batch * 3 * grid.blocks * (config.block_px // LR_SCALE) ** 2 * 4
     if kept:
         tokens = math.prod((n + 2) * config.lr_block for n in grid)
-        total += batch * 2 * tokens * config.hidden_size * dtype.itemsize
+        total += work.batch * 2 * tokens * config.hidden_size * work.dtype.itemsize
     return total
 
 
@@ -319,18 +230,17 @@ def _chunk_bytes(
     net = InfDiT(config, dtype=dtype, device="meta", attend=_attend_without_memory)
     net.requires_grad_(False)
     h, w = rows * config.block_px, columns * config.block_px
-    x, sigma = torch.empty(batch, 3, h, w, device="meta"), torch.ones(batch)
+    x, sigma = torch.empty(batch, 3, h, w, device="meta"), torch.ones(batch, device="meta")
     vector = torch.empty(batch, config.vector_size, device="meta") if config.vector_size else None
     cond = Condition(x, x.new_empty(batch, 3, h // LR_SCALE, w // LR_SCALE), vector)
-    lr_kv = net.lr_keys_values(cond.lr.to(dtype)) if keep_lr else None
-    evaluation = Evaluation(net, x, sigma.to("meta"), cond, lr_kv, dtype)
-    chunk = evaluation.grid.whole
+    run = Run()
+    if keep_lr:  # which is counted with the picture
+        run.lr_kv = net.lr_keys_values(cond.lr.to(dtype))
     with LiveBytes() as live:
-        tokens = evaluation.embed(chunk)
-        for n in range(config.num_layers):
-            tokens = evaluation.layer(n, tokens, chunk, Frontier(evaluation.grid))
-        evaluation.write(tokens, chunk)
-    return live.peak
+        result = net(
+            x, sigma, cond, LayerMajor(rows * columns, keep_lr=keep_lr), run=run, dtype=dtype
+        )
+    return live.peak - result.nbytes  # counted with the pictures
 
 
 def _attend_without_memory(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

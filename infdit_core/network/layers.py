@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +12,13 @@ from torch.nn import functional as F
 from ..blocks.grid import Chunk, Frontier
 from .attention import Attend, block_attention
 from .config import InfDiTConfig
-from .rope import rotate
+from .rope import Rotary, rotate
 
 EPS = 1e-6
 """Epsilon of every LayerNorm of the network."""
 
 
-class Rotary(NamedTuple):
-    """Rotary factors of all patch rows and columns of a picture, (n, d/4, 2) each."""
-
-    rows: Tensor
-    columns: Tensor
-
-    def of(self, chunk: Chunk, side: int) -> Rotary:
-        """Those of a chunk of blocks of `side` patches: (r, side, d/4, 2), (c, side, d/4, 2)."""
-        rows, columns = chunk.scaled(side)
-        return Rotary(
-            self.rows[rows].unflatten(0, (chunk.rows, side)),
-            self.columns[columns].unflatten(0, (chunk.columns, side)),
-        )
-
-
-def normalize(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm without affine parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
@@ -110,7 +95,7 @@ class BlockAttention(nn.Module):
         The border of the keys and values is left for the frontier to fill.
         """
         b, r, c, t, _ = tokens.shape
-        qkv = self.qkv(modulate(normalize(tokens), shift, scale))
+        qkv = self.qkv(modulate(layer_norm(tokens), shift, scale))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
         bordered[0, :, 1:, 1:] = self._place(k, rotary)
@@ -150,7 +135,7 @@ class LRCrossAttention(nn.Module):
         Args:
             lr_kv: keys and values of the LR blocks of this chunk and of one block around it.
         """
-        q = self.query_norm(self.query(normalize(tokens)).unflatten(-1, (self.num_heads, -1)))
+        q = self.query_norm(self.query(layer_norm(tokens)).unflatten(-1, (self.num_heads, -1)))
         q = (q + cast_like(self.query_position, q)).transpose(-3, -2)
         key_position = cast_like(self.key_position, q)
         rows = []
@@ -204,5 +189,5 @@ class FinalLayer(nn.Module):
         self.linear = ops.Linear(config.hidden_size, 3 * config.patch_size**2, **factory)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        x = normalize(normalize(x))  # the transformer's own final norm, then this layer's
+        x = layer_norm(layer_norm(x))  # the transformer's own final norm, then this layer's
         return self.linear(modulate(x, shift, scale))

@@ -1,7 +1,6 @@
 """Inf-DiT, the network and its denoiser D(x; sigma) (arXiv 2405.04312, as the release computes it).
 
-`InfDiT` owns the weights; `Evaluation` is one pass of them over one picture, cut into chunks of
-blocks, which a schedule puts in order.
+Shapes: B pictures of r×c blocks in a chunk, T tokens a block, A heads of size d, L layers.
 """
 
 from __future__ import annotations
@@ -21,21 +20,10 @@ from ..errors import InfDiTError
 from .attention import Attend, sdpa
 from .condition import Condition
 from .config import LR_SCALE, InfDiTConfig
-from .layers import (
-    FinalLayer,
-    Layer,
-    LRCrossAttention,
-    MLPEmbedding,
-    Rotary,
-    normalize,
-    time_features,
-)
-from .residual_cache import ResidualCache
-from .rope import rotary_factors
-from .streaming import LayerStream
-
-Progress = Callable[[int, int], None]
-"""Called after every chunk of every layer with (cells done, cells in all); may raise to cancel."""
+from .layers import FinalLayer, Layer, LRCrossAttention, MLPEmbedding, layer_norm, time_features
+from .rope import Rotary, rotary_factors
+from .run import Run
+from .streaming import STREAMED, LayerStream
 
 
 class InfDiT(nn.Module):
@@ -76,25 +64,93 @@ class InfDiT(nn.Module):
         self.final = FinalLayer(config, factory, operations)
         self._stream: LayerStream | None = None
 
-    def stream_layers(self, device: torch.device | str) -> None:
-        """Compute on `device` with the layers left in main memory, copied there one at a time.
-
-        For networks whose weights do not fit; use with `LayerMajor`, which needs each layer once
-        per evaluation.
-        """
-        self._stream = LayerStream(self, device)
-
-    def compile_layers(self, **options: Any) -> None:
-        """Compile the parts of each layer around its attention; the result stays the same.
-
-        All layers share one compiled graph, for chunks of any size. Takes the first evaluation
-        about a minute longer.
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        schedule: Schedule | None = None,
+        *,
+        run: Run | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The raw network F.
 
         Args:
-            options: of `torch.compile`.
+            x: (B, 3, H, W) the noisy picture times c_in. It and `cond.concat` may lie on another
+                device than sigma: they are copied chunk by chunk.
+            sigma: (B,) noise levels, on the device of the computation.
+            cond: the condition; `cond.concat` is multiplied by c_in here.
+            schedule: the order of computation; `Full()` if None. The result does not depend on it.
+            run: what one evaluation leaves to the next; nothing if None.
+            dtype: of the computation; that of x if None.
+
+        Returns:
+            (B, 3, H, W) in the dtype and on the device of x.
+
+        Raises:
+            InfDiTError: a shape does not fit.
         """
-        for layer in cast("list[Layer]", self.layers):
-            layer.compile_parts(dynamic=True, **options)
+        _check(self.config, x, sigma, cond)
+        schedule, run = schedule or Full(), run or Run()
+        device, dtype = sigma.device, dtype or x.dtype
+        if schedule.stream_weights and self._stream is None:
+            self.stream_layers(device)
+        grid = self.grid(x)
+        c_in = preconditioning(sigma.float()).c_in[:, None, None, None]
+        modulations, final = self.modulate(sigma, cond.vector, dtype)
+        rotary = self.rotary(grid, cond.origin, device)
+        lr_kv = self._lr_kv_of(cond.lr.to(device, dtype), run, schedule.keep_lr)
+        num_layers = len(self.layers)
+        if run.cache is not None:
+            tokens_shape = x.shape[0], *grid, self.config.block_tokens, self.config.hidden_size
+            num_layers = run.cache.begin(
+                float(sigma[0]), tokens_shape, num_layers, schedule.tokens_on_host
+            )
+
+        cells = schedule.cells(grid, num_layers)
+        frontiers = [Frontier(grid) for _ in range(num_layers)]
+        result = torch.empty_like(x)
+        with schedule.tokens(device, cells) as waiting:
+            for done, (n, chunk) in enumerate(cells, 1):
+                if n == 0:
+                    tokens = self.embed(x, cond.concat, c_in, chunk, dtype)
+                else:
+                    tokens = waiting.pop(chunk)
+                # (B, r, c, T, hidden) all the way
+                tokens = self.layer(
+                    n, tokens, modulations[n], rotary.of(chunk), frontiers[n], chunk, lr_kv
+                )
+                if run.cache is not None:
+                    tokens = run.cache.after(n, tokens, chunk)
+                if n + 1 < num_layers:
+                    waiting[chunk] = tokens
+                else:
+                    rows, columns = chunk.scaled(self.config.block_px)
+                    result[..., rows, columns] = self.pixels(tokens, final)
+                del tokens  # it would live into the next turn
+                if run.progress is not None:
+                    run.progress(done, len(cells))
+        return result
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Condition,
+        schedule: Schedule | None = None,
+        *,
+        run: Run | None = None,
+    ) -> Tensor:
+        """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
+
+        The network runs in the dtype of its parameters, preconditioning in that of x.
+        """
+        weight = self.final.linear.weight
+        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in preconditioning(sigmas))
+        raw = self(x * c_in, sigmas.to(weight.device), cond, schedule, run=run, dtype=weight.dtype)
+        return c_out * raw + c_skip * x
 
     def grid(self, x: Tensor) -> Grid:
         """The block grid of a picture (..., H, W) in pixels.
@@ -109,6 +165,84 @@ class InfDiT(nn.Module):
                 f"expected sides that are multiples of {side} px, got {height}×{width}"
             )
         return Grid(height // side, width // side)
+
+    def modulate(
+        self, sigma: Tensor, vector: Tensor | None, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Shifts and scales: (B, 4, hidden) for each layer, and the last two (B, hidden).
+
+        Args:
+            sigma: (B,) noise levels, on the device of the computation.
+            vector: (B, vector_size) CLIP embedding.
+        """
+        c_noise = preconditioning(sigma.float()).c_noise
+        features = time_features(c_noise, self.config.time_features)
+        embed = self.time_embed(features.to(dtype))  # (B, hidden)
+        if self.vector_embed is not None and vector is not None:
+            embed = embed + self.vector_embed(vector.to(embed))
+        embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
+        # like streamed layers, these weights stay in main memory
+        at_weights = embed if self._stream is None else embed.cpu()
+        modulations = self.modulations(at_weights).to(embed.device)  # (B, L·4·hidden)
+        modulations = modulations.unflatten(-1, (len(self.layers), 4, -1)).unbind(1)
+        return modulations, self.final.modulation(embed).chunk(2, dim=-1)
+
+    def rotary(self, grid: Grid, origin: tuple[int, int], device: torch.device) -> Rotary:
+        """Rotary factors of all patch rows and columns of a picture that begins at `origin`."""
+        side, head_dim = self.config.block_patches, self.config.head_dim
+
+        def factors(blocks: int, start: int) -> Tensor:
+            positions = start + torch.arange(blocks * side, device=device)
+            if self.config.rope_wrap:
+                positions = positions % self.config.rope_wrap
+            return rotary_factors(positions, head_dim).unflatten(0, (blocks, side))
+
+        return Rotary(factors(grid.rows, origin[0]), factors(grid.columns, origin[1]))
+
+    def embed(
+        self, x: Tensor, concat: Tensor, c_in: Tensor, chunk: Chunk, dtype: torch.dtype
+    ) -> Tensor:
+        """Tokens (B, r, c, T, hidden) of a chunk; x, concat (B, 3, H, W), c_in (B, 1, 1, 1)."""
+        rows, columns = chunk.scaled(self.config.block_px)
+        x, c = (p[..., rows, columns].to(c_in.device) for p in (x, concat))
+        tokens = self.patch_embed(torch.cat([x, c * c_in], dim=1).to(dtype))
+        # (B, hidden, patch rows, patch columns)
+        return rearrange(
+            tokens, "b h (r y) (c x) -> b r c (y x) h", r=chunk.rows, c=chunk.columns
+        ).contiguous()
+
+    def layer(
+        self,
+        n: int,
+        tokens: Tensor,
+        modulation: Tensor,
+        rotary: Rotary,
+        frontier: Frontier,
+        chunk: Chunk,
+        lr_kv: Callable[[Chunk], Tensor],
+    ) -> Tensor:
+        """Layer n: (B, r, c, T, hidden) -> the same. Only the first looks at the LR picture."""
+        layer = cast("Layer", self.layers[n] if self._stream is None else self._stream[n])
+        attn_shift, attn_scale, mlp_shift, mlp_scale = modulation.unbind(1)  # (B, hidden) each
+        tokens = tokens + layer.attention(
+            tokens, attn_shift, attn_scale, rotary, frontier, chunk, self.attend
+        )
+        if n == 0:
+            tokens = tokens + self.cross_attention(tokens, lr_kv(chunk), self.attend)
+            mlp_in = self.cross_attention.output_norm(tokens)
+        else:
+            mlp_in = layer_norm(tokens)
+        return tokens + layer.mlp(mlp_in, mlp_shift, mlp_scale)
+
+    def pixels(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Tokens (B, r, c, T, hidden) to pixels (B, 3, r·block, c·block)."""
+        return rearrange(
+            self.final(tokens, *modulation),
+            "b r c (y x) (p q ch) -> b ch (r y p) (c x q)",
+            y=self.config.block_patches,
+            p=self.config.patch_size,
+            ch=3,
+        )
 
     def lr_keys_values(self, lr: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Keys and values of the LR picture: they depend on nothing else, so make them once.
@@ -138,190 +272,43 @@ class InfDiT(nn.Module):
         tokens = F.pad(tokens, (0, 0, before[1], missing[1], before[0], missing[0]))
         return self.cross_attention.keys_values(tokens)
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        cond: Condition,
-        schedule: Schedule | None = None,
-        *,
-        lr_kv: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        progress: Progress | None = None,
-        cache: ResidualCache | None = None,
-    ) -> Tensor:
-        """The raw network F.
+    def _lr_kv_of(self, lr: Tensor, run: Run, keep: bool) -> Callable[[Chunk], Tensor]:
+        """What gives the LR keys and values that the blocks of a chunk see."""
+        if not keep:
+            run.lr_kv = None
+            return lambda chunk: self.lr_keys_values(lr, chunk)
+        if run.lr_kv is None or run.lr_kv.shape[1] != len(lr):
+            run.lr_kv = self.lr_keys_values(lr)
+        kept = run.lr_kv
+
+        def around(chunk: Chunk) -> Tensor:
+            halo = Chunk(chunk.top, chunk.bottom + 2, chunk.left, chunk.right + 2)
+            rows, columns = halo.scaled(self.config.lr_block)
+            return kept[:, :, rows, columns]
+
+        return around
+
+    def stream_layers(self, device: torch.device | str) -> None:
+        """Compute on `device` with the layers left in main memory, copied there one at a time.
+
+        For networks whose weights do not fit; use with `LayerMajor`, which needs each layer once
+        per evaluation.
+        """
+        for name, part in self.named_children():
+            part.to("cpu" if name in STREAMED else device)
+        self._stream = LayerStream(self.layers, device)
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the parts of each layer around its attention; the result stays the same.
+
+        All layers share one compiled graph, for chunks of any size. Takes the first evaluation
+        about a minute longer.
 
         Args:
-            x: (B, 3, H, W) the noisy picture times c_in.
-            sigma: (B,) noise levels.
-            cond: the condition; `cond.concat` is multiplied by c_in here.
-            schedule: the order of computation; `Full()` if None. The result does not depend on it.
-            lr_kv: `lr_keys_values(cond.lr)`, if kept; made for every chunk anew if None.
-            dtype: of the computation; that of x if None.
-            progress: called after every chunk of every layer.
-            cache: of the sampling run, to leave out layers where sigma has hardly changed.
-
-        Returns:
-            (B, 3, H, W) in the dtype of x.
-
-        Raises:
-            InfDiTError: a shape does not fit.
+            options: of `torch.compile`.
         """
-        evaluation = Evaluation(self, x, sigma, cond, lr_kv, dtype or x.dtype, progress, cache)
-        evaluation.run(schedule or Full())
-        return evaluation.result
-
-    def denoise(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Condition,
-        schedule: Schedule | None = None,
-        *,
-        lr_kv: Tensor | None = None,
-        progress: Progress | None = None,
-        cache: ResidualCache | None = None,
-    ) -> Tensor:
-        """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
-
-        The network runs in the dtype of its parameters, preconditioning in that of x.
-        """
-        weight = self.final.linear.weight
-        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
-        c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in preconditioning(sigmas))
-        raw = self(
-            x * c_in,
-            sigmas.to(weight.device),
-            cond,
-            schedule,
-            lr_kv=lr_kv,
-            dtype=weight.dtype,
-            progress=progress,
-            cache=cache,
-        )
-        return c_out * raw + c_skip * x
-
-
-class Evaluation:
-    """One evaluation of the network over one picture: what its cells share, and the cells."""
-
-    def __init__(
-        self,
-        net: InfDiT,
-        x: Tensor,
-        sigma: Tensor,
-        cond: Condition,
-        lr_kv: Tensor | None,
-        dtype: torch.dtype,
-        progress: Progress | None = None,
-        cache: ResidualCache | None = None,
-    ) -> None:
-        _check(net.config, x, sigma, cond)
-        self.grid = net.grid(x)
-        self.num_layers = layers = net.config.num_layers
-        self._cache = cache
-        if cache is not None:
-            tokens = x.shape[0], net.config.block_tokens, net.config.hidden_size
-            self.num_layers = cache.begin(float(sigma[0]), self.grid, tokens, layers)
-        self._reusing = self.num_layers < layers
-        self.device = sigma.device  # pictures may wait elsewhere, and come chunk by chunk
-        self.result = torch.empty_like(x)
-        self._net, self._config = net, net.config
-        self._layers = cast("list[Layer]", net.layers)
-        self._x, self._concat, self._dtype = x, cond.concat, dtype
-        factors = preconditioning(sigma.float())
-        self._c_in = factors.c_in[:, None, None, None]
-        self._lr_kv = lr_kv
-        self._lr = cond.lr.to(self.device, dtype) if lr_kv is None else cond.lr
-        self._rotary = Rotary(
-            *(
-                self._factors(count, start)
-                for count, start in zip(self.grid, cond.origin, strict=True)
-            )
-        )
-        embed = net.time_embed(time_features(factors.c_noise, self._config.time_features).to(dtype))
-        if net.vector_embed is not None and cond.vector is not None:
-            embed = embed + net.vector_embed(cond.vector.to(self.device, dtype))
-        embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
-        # like streamed layers, these weights stay in main memory
-        at_weights = embed if net._stream is None else embed.cpu()
-        modulations = net.modulations(at_weights).to(self.device)
-        self._modulations = modulations.unflatten(-1, (layers, 4, -1)).unbind(1)
-        self._final_modulation = net.final.modulation(embed).chunk(2, dim=-1)
-        self._progress, self._done, self._total = progress, 0, 0
-
-    def run(self, schedule: Schedule) -> None:
-        """Fill `result` in the order of a schedule. Calling again begins again."""
-        self._done, self._total = 0, schedule.cells(self.grid, self.num_layers)
-        if self._cache is not None:
-            self._cache.on_host = schedule.tokens_on_host
-        schedule.run(self)
-
-    def stream_weights(self) -> None:
-        if self._net._stream is None:
-            self._net.stream_layers(self.device)
-
-    def embed(self, chunk: Chunk) -> Tensor:
-        rows, columns = chunk.scaled(self._config.block_px)
-        x = self._x[..., rows, columns].to(self.device)
-        c = self._concat[..., rows, columns].to(self.device)
-        tokens = self._net.patch_embed(torch.cat([x, c * self._c_in], dim=1).to(self._dtype))
-        return rearrange(
-            tokens, "b h (r y) (c x) -> b r c (y x) h", r=chunk.rows, c=chunk.columns
-        ).contiguous()
-
-    def layer(self, n: int, tokens: Tensor, chunk: Chunk, frontier: Frontier) -> Tensor:
-        net = self._net
-        layer = self._layers[n] if net._stream is None else net._stream[n]
-        attn_shift, attn_scale, mlp_shift, mlp_scale = self._modulations[n].unbind(1)
-        rotary = self._rotary.of(chunk, self._config.block_patches)
-
-        tokens = tokens + layer.attention(
-            tokens, attn_shift, attn_scale, rotary, frontier, chunk, net.attend
-        )
-        if n == 0:
-            cross = net.cross_attention
-            tokens = tokens + cross(tokens, self._lr_kv_of(chunk), net.attend)
-            mlp_in = cross.output_norm(tokens)
-        else:
-            mlp_in = normalize(tokens)
-        tokens = tokens + layer.mlp(mlp_in, mlp_shift, mlp_scale)
-
-        if self._cache and not self._reusing and n + 1 == self.num_layers - self._cache.layers:
-            self._cache.enter(tokens, chunk)
-        if self._progress is not None:
-            self._done += 1
-            self._progress(self._done, self._total)
-        return tokens
-
-    def write(self, tokens: Tensor, chunk: Chunk) -> None:
-        if self._cache and self._reusing:
-            tokens = self._cache.add(tokens, chunk)
-        elif self._cache:
-            self._cache.leave(tokens, chunk)
-        rows, columns = chunk.scaled(self._config.block_px)
-        self.result[..., rows, columns] = rearrange(
-            self._net.final(tokens, *self._final_modulation),
-            "b r c (y x) (p q ch) -> b ch (r y p) (c x q)",
-            y=self._config.block_patches,
-            p=self._config.patch_size,
-            ch=3,
-        )
-
-    def _lr_kv_of(self, chunk: Chunk) -> Tensor:
-        """Keys and values of the LR blocks of a chunk and of one block around it."""
-        if self._lr_kv is None:
-            return self._net.lr_keys_values(self._lr, chunk)
-        halo = Chunk(chunk.top, chunk.bottom + 2, chunk.left, chunk.right + 2)
-        rows, columns = halo.scaled(self._config.lr_block)
-        return self._lr_kv[:, :, rows, columns]
-
-    def _factors(self, blocks: int, start: int) -> Tensor:
-        positions = start + torch.arange(blocks * self._config.block_patches, device=self.device)
-        if self._config.rope_wrap:
-            positions = positions % self._config.rope_wrap
-        return rotary_factors(positions, self._config.head_dim)
+        for layer in cast("list[Layer]", self.layers):
+            layer.compile_parts(dynamic=True, **options)
 
 
 def _check(config: InfDiTConfig, x: Tensor, sigma: Tensor, cond: Condition) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..blocks.grid import Chunk, Grid
+from ..blocks.grid import Chunk
 from ..errors import InfDiTError
 
 
@@ -27,10 +27,11 @@ class ResidualCache:
     tolerance: float = 0.0
     """How far ln(sigma) may be from that of the evaluation that is reused."""
 
-    on_host: bool = field(default=False, init=False)
-    """It lies in the host's memory, as the schedule of an evaluation says that tokens do."""
     reused: int = field(default=0, init=False)
     """Evaluations that reused it so far."""
+    _on_host: bool = field(default=False, init=False, repr=False)
+    _reusing: bool = field(default=False, init=False, repr=False)
+    _kept_layers: int = field(default=0, init=False, repr=False)
     _residual: Tensor | None = field(default=None, init=False, repr=False)
     _sigma: float = field(default=1.0, init=False, repr=False)
     _missing: int = field(default=-1, init=False, repr=False)
@@ -44,14 +45,16 @@ class ResidualCache:
                 f" got {self.layers} and {self.tolerance}"
             )
 
-    def begin(self, sigma: float, grid: Grid, tokens: tuple[int, int, int], num_layers: int) -> int:
+    def begin(
+        self, sigma: float, shape: tuple[int, ...], num_layers: int, on_host: bool = False
+    ) -> int:
         """Say what comes; returns the number of layers to compute.
 
         Args:
             sigma: the noise level of the evaluation.
-            grid: its blocks.
-            tokens: batch, tokens of a block, hidden size.
+            shape: (B, block rows, block columns, T, hidden) of all tokens.
             num_layers: of the network.
+            on_host: whether the residual is to lie in the host's memory.
 
         Raises:
             InfDiTError: the network has no more layers than are to be left out.
@@ -61,33 +64,34 @@ class ResidualCache:
                 f"expected fewer layers to leave out than the model's {num_layers},"
                 f" got {self.layers}"
             )
-        batch, block, hidden = tokens
-        shape = (batch, *grid, block, hidden)
+        self._on_host, self._kept_layers = on_host, num_layers - self.layers
         complete = self._missing == 0 and self._shape == shape
-        if complete and abs(math.log(sigma / self._sigma)) <= self.tolerance:
+        self._reusing = complete and abs(math.log(sigma / self._sigma)) <= self.tolerance
+        if self._reusing:
             self.reused += 1
-            return num_layers - self.layers
-        self._shape, self._sigma, self._missing = shape, sigma, grid.rows * grid.columns
+            return self._kept_layers
+        self._shape, self._sigma, self._missing = shape, sigma, shape[1] * shape[2]
         return num_layers
 
-    def enter(self, tokens: Tensor, chunk: Chunk) -> None:
-        """Take the tokens of a chunk before the layers that will be left out."""
-        device = torch.device("cpu") if self.on_host else tokens.device
-        kept = self._residual
-        if kept is None or kept.shape != self._shape or kept.device != device:
-            self._residual = kept = None  # lets it go before the next one comes
-            self._residual = torch.empty(self._shape, dtype=tokens.dtype, device=device)
-        self._at(chunk).copy_(tokens)
+    def after(self, n: int, tokens: Tensor, chunk: Chunk) -> Tensor:
+        """The tokens (B, r, c, T, hidden) of a chunk after layer n, in every evaluation.
 
-    def leave(self, tokens: Tensor, chunk: Chunk) -> None:
-        """Take the tokens of the chunk after them."""
-        residual = self._at(chunk)
-        residual.copy_(tokens - residual.to(tokens.device))
-        self._missing -= chunk.rows * chunk.columns
-
-    def add(self, tokens: Tensor, chunk: Chunk) -> Tensor:
-        """The tokens of a chunk as if the layers had been computed."""
-        return tokens + self._at(chunk).to(tokens.device)
+        Where layers are left out, what they added is added after the last one that is computed.
+        """
+        if n + 1 == self._kept_layers:
+            if self._reusing:
+                return tokens + self._at(chunk).to(tokens.device)
+            device = torch.device("cpu") if self._on_host else tokens.device
+            kept = self._residual
+            if kept is None or kept.shape != self._shape or kept.device != device:
+                self._residual = kept = None  # lets it go before the next one comes
+                self._residual = torch.empty(self._shape, dtype=tokens.dtype, device=device)
+            self._at(chunk).copy_(tokens)
+        elif n + 1 == self._kept_layers + self.layers:
+            residual = self._at(chunk)
+            residual.copy_(tokens - residual.to(tokens.device))
+            self._missing -= chunk.blocks
+        return tokens
 
     def _at(self, chunk: Chunk) -> Tensor:
         if self._residual is None:

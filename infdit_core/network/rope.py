@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from ..blocks.grid import Chunk
+
+
+class Rotary(NamedTuple):
+    """Rotary factors of the patch rows and columns of blocks of `side` patches."""
+
+    rows: Tensor
+    """(block rows, side, d/4, 2)"""
+    columns: Tensor
+    """(block columns, side, d/4, 2)"""
+
+    def of(self, chunk: Chunk) -> Rotary:
+        """The factors of a chunk of blocks."""
+        rows, columns = chunk.scaled(1)
+        return Rotary(self.rows[rows], self.columns[columns])
 
 
 def rotary_factors(positions: Tensor, head_dim: int) -> Tensor:

@@ -9,22 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import Layer
-
-if TYPE_CHECKING:
-    from .model import InfDiT
-
 
 STREAMED = ("layers", "modulations")
 """Parts of the network that stay in main memory."""
 
 
-def resident_parameters(net: InfDiT) -> Iterator[Tensor]:
+def resident_parameters(net: nn.Module) -> Iterator[Tensor]:
     """The parameters of all other parts."""
     for name, module in net.named_children():
         if name not in STREAMED:
@@ -32,22 +28,19 @@ def resident_parameters(net: InfDiT) -> Iterator[Tensor]:
 
 
 class LayerStream:
-    """Copies of a network's layers on the device, one at a time.
+    """Copies of transformer layers on the device, one at a time.
 
     Args:
-        net: a network. Its layers and modulations are moved to main memory here, pinned if the
-            device is a GPU, and everything else to the device.
+        layers: in main memory; pinned here if the device is a GPU.
         device: where the network computes.
     """
 
-    def __init__(self, net: InfDiT, device: torch.device | str) -> None:
-        self._net, self._device = net, torch.device(device)
-        for name, module in net.named_children():
-            module.to("cpu" if name in STREAMED else self._device)
+    def __init__(self, layers: nn.ModuleList, device: torch.device | str) -> None:
+        self._layers, self._device = layers, torch.device(device)
         if self._device.type == "cuda":
-            for parameter in chain(net.layers.parameters(), net.layers.buffers()):
+            for parameter in chain(layers.parameters(), layers.buffers()):
                 parameter.data = parameter.data.pin_memory()
-        self._copy = copy.deepcopy(cast("Layer", net.layers[0])).to("meta")
+        self._copy = copy.deepcopy(cast("Layer", layers[0])).to("meta")
         self._index: int | None = None
         self.copied = 0
         """Layers copied so far."""
@@ -57,7 +50,7 @@ class LayerStream:
             self._copy.to("meta")  # lets the last layer go before the next one comes
             weights = {
                 key: value.to(self._device, non_blocking=True)
-                for key, value in self._net.layers[n].state_dict().items()
+                for key, value in self._layers[n].state_dict().items()
             }
             self._copy.load_state_dict(weights, assign=True)
             self._copy.requires_grad_(False)

@@ -41,13 +41,24 @@ class Canvas:
     """(B, h, w, C) in 0..1: the picture itself, not a copy."""
     alpha: Tensor | None = None
     """(B, height, width, 1) float32 in 0..1, if the picture had alpha."""
+    vector: Tensor | None = None
+    """(B, vector_size) CLIP embedding, for models that take one."""
 
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""
-        return Condition(self.concat, self.lr, vector)
+        return Condition(self.concat, self.lr, self.vector if vector is None else vector)
 
     def finish(self, x: Tensor) -> Tensor:
-        """A sampled (B, 3, H, W) as a picture (B, height, width, 3, or 4 with alpha) in 0..1."""
+        """A sampled (B, 3, H, W) as a picture (B, height, width, 3, or 4 with alpha) in 0..1.
+
+        Raises:
+            PreparationError: x is not finite.
+        """
+        if not x.isfinite().all():
+            raise PreparationError(
+                "expected finite pixels from the network; got NaN or infinity."
+                " Take bf16 or fp32 for its weights, or another sampler"
+            )
         x = x[..., : self.height, : self.width].float().clamp(-1, 1)
         image = ((x + 1) / 2).permute(0, 2, 3, 1)
         if self.alpha is None:
@@ -116,12 +127,19 @@ def pass_sizes(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[i
     return [(max(1, round(h)), max(1, round(w))) for h, w in steps] + [target]
 
 
-def target_size(source: tuple[int, int], upscale_by: float) -> tuple[int, int]:
+def target_size(
+    source: tuple[int, int], upscale_by: float, longest_edge: int | None = None
+) -> tuple[int, int]:
     """(height, width) of a picture `upscale_by` times as wide and high, in whole pixels.
+
+    Args:
+        longest_edge: the longer side of the result in pixels, instead of the factor.
 
     Raises:
         PreparationError: the factor is not above 0.
     """
+    if longest_edge:
+        upscale_by = longest_edge / max(source)
     if not (math.isfinite(upscale_by) and upscale_by > 0):
         raise PreparationError(f"expected a factor above 0, got {upscale_by}")
     height, width = (max(1, round(side * upscale_by)) for side in source)

@@ -6,20 +6,17 @@ import torch
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
+from ...infdit_core.memory.host import require_memory
 from ...infdit_core.pictures.colour_fix import fix_colours
-from ...infdit_core.pictures.prepare import Canvas
+from ...infdit_core.pictures.prepare import Canvas, prepare, target_size
 from ..common import CATEGORY, CanvasType, Guidance, named_errors, require
+from .comfy_model import conditioning_of
 from .inputs import (
     check_inputs,
-    check_memory,
     colour_fix_input,
-    conditioning_of,
     longest_edge_input,
     picture_output,
     picture_outputs,
-    prepare_canvas,
-    require_finite,
-    target,
 )
 
 
@@ -76,9 +73,9 @@ class InfDiTConditioning(io.ComfyNode):
         longest_edge: int = 0,
     ) -> io.NodeOutput:
         vectors = check_inputs(model, image, guidance)
-        size = target(image, upscale_by, longest_edge)
-        check_memory(model, size, at_once=image.shape[0])
-        canvas = prepare_canvas(model, image, size)
+        size = target_size((image.shape[1], image.shape[2]), upscale_by, longest_edge)
+        require_memory(size, model.load_device, at_once=image.shape[0])
+        canvas = prepare(image, size=size, block_px=model.model.infdit_config.block_px)
         concat, conditioning = conditioning_of(canvas.condition(vectors))
         return io.NodeOutput(conditioning, {"samples": concat}, canvas)
 
@@ -113,7 +110,6 @@ class InfDiTDecode(io.ComfyNode):
                 f"expected a latent of shape {expected}, from the sampler that"
                 f" this canvas went to; got {tuple(x.shape)}"
             )
-        require_finite(x)
         picture = canvas.finish(x)
         if colour_fix != "none":
             picture = fix_colours(picture, canvas.source, colour_fix)

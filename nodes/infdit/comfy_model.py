@@ -15,15 +15,17 @@ import comfy.supported_models_base
 import torch
 
 from ...infdit_core import edm
+from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint, check, network_state_dict, read_config
 from ...infdit_core.memory.adaptive import Adaptive
-from ...infdit_core.memory.planner import Plan, plans
+from ...infdit_core.memory.planner import Plan, Workload, plans
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.config import InfDiTConfig
 from ...infdit_core.network.fp8 import use_fp8
 from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
+from ...infdit_core.network.run import Run
 from ..common import require
 
 CLIP_ATTACHMENT = "infdit_clip"
@@ -39,6 +41,8 @@ MEMORY = "infdit_memory"
 REUSE_LAYERS = "infdit_reuse_layers"
 """Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
 
+_KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
+"""Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
 _SAME_SIGMA = 1e-3
@@ -94,6 +98,13 @@ def require_infdit(model: object) -> None:
     require(inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
 
 
+def conditioning_of(cond: Condition) -> tuple[torch.Tensor, list]:
+    """The latent to start from and CONDITIONING for `InfDiTModel.extra_conds`."""
+    values = {_KEY + name: getattr(cond, name) for name in _CONDITIONS}
+    unused_text = torch.zeros(cond.concat.shape[0], 1, 1)
+    return cond.concat, [[unused_text, values]]
+
+
 class InfDiTModelConfig(comfy.supported_models_base.BASE):
     """What ComfyUI's loaders ask of a model family."""
 
@@ -135,12 +146,12 @@ class InfDiTModel(comfy.model_base.BaseModel):
         return self.diffusion_model.net.config
 
     def extra_conds(self, **kwargs):
-        """The picture's conditions, as `InfDiTConditioning` put them into CONDITIONING."""
+        """The picture's conditions, as `conditioning_of` put them into CONDITIONING."""
         out = {}
-        for name in ("concat", "lr", "vector"):
-            if (tensor := kwargs.get(f"infdit_{name}")) is not None:
+        for name in _CONDITIONS:
+            if (tensor := kwargs.get(_KEY + name)) is not None:
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
-        out["run"] = comfy.conds.CONDConstant(SamplingRun())
+        out["run"] = comfy.conds.CONDConstant(PlannedRun())
         return out
 
     def memory_required(self, input_shape, cond_shapes=None):
@@ -158,51 +169,36 @@ def plan_evaluation(
 ) -> list[Plan]:
     """Plans for an evaluation; weights and pictures are ComfyUI's to count."""
     return plans(
-        net.config,
-        height,
-        width,
-        dtype,
-        device=torch.device(device).type,
-        batch=batch,
-        weights=False,
-        pictures=False,
-        residual=residual,
+        Workload(
+            net.config,
+            height,
+            width,
+            dtype,
+            batch,
+            torch.device(device).type,
+            weights=False,
+            pictures=False,
+            residual=residual,
+        )
     )
 
 
-class SamplingRun:
-    """What lasts from one evaluation of a sampling run to the next."""
+class PlannedRun(Run):
+    """A sampling run that is planned at its first evaluation."""
 
-    def __init__(self):
-        self._schedule: Adaptive | None = None
-        self._lr_kv: torch.Tensor | None = None
-        self._cache: ResidualCache | None = None
+    adaptive: Adaptive | None = None
 
-    def cache(self, layers: int) -> ResidualCache | None:
-        """What leaves out layers in this run."""
-        if layers and self._cache is None:
-            self._cache = ResidualCache(layers, _SAME_SIGMA)
-        return self._cache
-
-    def schedule(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
-        """The fastest schedule for x that fits, planned at the first evaluation."""
-        if self._schedule is None:
+    def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
+        """The fastest schedule for x (B, 3, H, W) that fits."""
+        if self.adaptive is None:
             batch, _, height, width = x.shape
             found = plan_evaluation(
-                net, batch, height, width, x.dtype, x.device, residual=self._cache is not None
+                net, batch, height, width, x.dtype, x.device, residual=self.cache is not None
             )
             free = memory_bytes or comfy.model_management.get_free_memory(x.device)
-            self._schedule = Adaptive(found, free, comfy.model_management.soft_empty_cache)
-            logging.info("Inf-DiT: %d×%d px, %s", width, height, self._schedule.plan)
-        return self._schedule
-
-    def lr_kv(self, net: InfDiT, lr: torch.Tensor, keep: bool) -> torch.Tensor | None:
-        """Keys and values of the LR picture, if they are to be kept."""
-        if not keep:
-            self._lr_kv = None
-        elif self._lr_kv is None or self._lr_kv.shape[1] != lr.shape[0]:
-            self._lr_kv = net.lr_keys_values(lr)
-        return self._lr_kv
+            self.adaptive = Adaptive(found, free, comfy.model_management.soft_empty_cache)
+            logging.info("Inf-DiT: %d×%d px, %s", width, height, self.adaptive.plan)
+        return self.adaptive
 
 
 class DiffusionModel(torch.nn.Module):
@@ -224,20 +220,20 @@ class DiffusionModel(torch.nn.Module):
                 " Connect its CONDITIONING to the sampler's positive and negative inputs."
             )
         cond = Condition(conds["concat"], conds["lr"], conds.get("vector"))
-        run: SamplingRun = conds["run"]
-        cache = run.cache(options.get(REUSE_LAYERS, 0))
-        schedule = options.get(SCHEDULE) or run.schedule(self.net, x, options.get(MEMORY))
-        if (told := options.get(PLAN)) is not None and isinstance(schedule, Adaptive):
-            told(schedule.plan)
-        return self.net(
-            x,
-            (4 * timestep).exp(),
-            cond,
-            schedule,
-            lr_kv=run.lr_kv(self.net, cond.lr, schedule.keep_lr),
-            progress=_interruptible(options.get(PROGRESS)),
-            cache=cache,
-        )
+        run: PlannedRun = conds["run"]
+        run.progress = _interruptible(options.get(PROGRESS))
+        if run.cache is None and (layers := options.get(REUSE_LAYERS, 0)):
+            run.cache = ResidualCache(layers, _SAME_SIGMA)
+
+        def evaluate(schedule: Schedule) -> torch.Tensor:
+            return self.net(x, (4 * timestep).exp(), cond, schedule, run=run)
+
+        if (schedule := options.get(SCHEDULE)) is not None:
+            return evaluate(schedule)
+        adaptive = run.plan(self.net, x, options.get(MEMORY))
+        if (told := options.get(PLAN)) is not None:
+            told(adaptive.plan)
+        return adaptive.call(evaluate)
 
 
 def _interruptible(report):

@@ -6,10 +6,8 @@ import torch
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.memory.host import require_memory
-from ...infdit_core.network.condition import Condition
 from ...infdit_core.pictures.colour_fix import COLOUR_FIXES
-from ...infdit_core.pictures.prepare import Canvas, check_image, prepare, target_size
+from ...infdit_core.pictures.prepare import check_image
 from ..common import require, require_image
 from .comfy_model import CLIP_ATTACHMENT, require_infdit
 
@@ -80,39 +78,7 @@ def _own_guidance(model, image: torch.Tensor, size: int) -> torch.Tensor:
     return clip.vector(image)
 
 
-def check_memory(model, size: tuple[int, int], results: int = 0, at_once: int = 1) -> None:
-    """Refuse results of (height, width) pixels that the main memory cannot hold."""
-    require_memory(size, model.load_device, results, at_once)
-
-
-def prepare_canvas(model, image: torch.Tensor, size: tuple[int, int]) -> Canvas:
-    """Pictures (B, H, W, C) laid out for the model; `size` is (height, width) of the result."""
-    return prepare(image, size=size, block_px=model.model.infdit_config.block_px)
-
-
-def target(image: torch.Tensor, upscale_by: float, longest_edge: int) -> tuple[int, int]:
-    """(height, width) in pixels of the result of pictures (B, H, W, C)."""
-    source = image.shape[1], image.shape[2]
-    return target_size(source, longest_edge / max(source) if longest_edge else upscale_by)
-
-
-def require_finite(samples: torch.Tensor) -> None:
-    """Refuse what a sampler made where it is no picture."""
-    if not samples.isfinite().all():
-        raise InfDiTError(
-            "expected finite pixels from the network; got NaN or infinity."
-            " Load the model with weight_dtype bf16 or fp32, or take another sampler."
-        )
-
-
 def picture_output(image: torch.Tensor) -> io.NodeOutput:
     """IMAGE and MASK of pictures (B, H, W, 3 or 4)."""
     alpha = image.shape[-1] == 4
     return io.NodeOutput(image, 1 - image[..., 3] if alpha else torch.zeros(image.shape[:3]))
-
-
-def conditioning_of(cond: Condition) -> tuple[torch.Tensor, list]:
-    """The latent to start from and CONDITIONING for `InfDiTModel.extra_conds`."""
-    values = {"infdit_concat": cond.concat, "infdit_lr": cond.lr, "infdit_vector": cond.vector}
-    unused_text = torch.zeros(cond.concat.shape[0], 1, 1)
-    return cond.concat, [[unused_text, values]]

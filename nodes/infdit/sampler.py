@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -13,23 +14,17 @@ from comfy_api.latest import io
 
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.network.condition import Condition
-from ...infdit_core.pictures.colour_fix import fix_colours
-from ...infdit_core.pictures.prepare import pass_sizes
-from ...infdit_core.sampling import PRESETS, SOLVERS, Step
+from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
+from ...infdit_core.sampling import PRESETS, SOLVERS, Step, check_sigmas
+from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, Guidance, named_errors, require
-from .comfy_model import PLAN, PROGRESS
+from .comfy_model import PLAN, PROGRESS, conditioning_of
 from .inputs import (
     check_inputs,
-    check_memory,
     colour_fix_input,
-    conditioning_of,
     longest_edge_input,
     picture_output,
     picture_outputs,
-    prepare_canvas,
-    require_finite,
-    target,
 )
 from .progress import SamplingProgress
 
@@ -145,10 +140,8 @@ class InfDiTSampler(io.ComfyNode):
         if sampler is not None:
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
         vectors = check_inputs(model, image, guidance)
-        sizes = pass_sizes(
-            (image.shape[1], image.shape[2]), target(image, upscale_by, longest_edge)
-        )
-        check_memory(model, sizes[-1], results=image.shape[0])
+        source_size = image.shape[1], image.shape[2]
+        size = target_size(source_size, upscale_by, longest_edge)
         chosen = PRESETS[preset]
         if preset == "exact":
             chosen = chosen._replace(steps=steps)
@@ -156,32 +149,55 @@ class InfDiTSampler(io.ComfyNode):
             sigmas = chosen.sigmas(denoise)
         steps = len(sigmas) - 1
         evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
-        runs = len(sizes) * image.shape[0]
+        runs = len(pass_sizes(source_size, size)) * image.shape[0]
         progress = SamplingProgress(
             evaluations * runs, steps * runs, cls.hidden.unique_id if cls.hidden else None
         )
-        options = {PROGRESS: progress.cells, PLAN: progress.planned}
+        sampler = sampler or core_sampler(chosen.solver)
+        draw = GuiderDraw(model, sampler, sigmas, seed, progress)
+        return picture_output(upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix))
 
-        results = []
-        for i, picture in enumerate(image.split(1)):
-            vector = None if vectors is None else vectors[i : i + 1]
-            for size in sizes:
-                canvas = prepare_canvas(model, picture, size)
-                samples = canvas.concat
-                if steps:
-                    samples = _sample(
-                        model,
-                        canvas.condition(vector),
-                        sampler or core_sampler(chosen.solver),
-                        sigmas,
-                        seed,
-                        options,
-                        progress.step,
-                    )
-                require_finite(samples)
-                picture = canvas.finish(samples)
-            results.append(fix_colours(picture, image[i : i + 1], colour_fix))
-        return picture_output(torch.cat(results))
+
+@dataclass
+class GuiderDraw:
+    """Draws with a SAMPLER of ComfyUI and cfg 1, as SamplerCustomAdvanced does."""
+
+    model: Any
+    sampler: comfy.samplers.Sampler
+    sigmas: torch.Tensor
+    seed: int
+    progress: SamplingProgress
+
+    @property
+    def block_px(self) -> int:
+        return self.model.model.infdit_config.block_px
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.load_device
+
+    def __call__(self, canvas: Canvas) -> torch.Tensor:
+        """A sampled (B, 3, H, W)."""
+        concat, conditioning = conditioning_of(canvas.condition())
+        if len(self.sigmas) < 2:
+            return concat
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds(conditioning, conditioning)
+        guider.set_cfg(1.0)
+        # The options go to the guider and not to a clone of the model: ComfyUI would load that anew
+        options = {PROGRESS: self.progress.cells, PLAN: self.progress.planned}
+        options = self.model.model_options.get("transformer_options", {}) | options
+        guider.model_options = self.model.model_options | {"transformer_options": options}
+        samples = guider.sample(
+            comfy.sample.prepare_noise(concat, self.seed),
+            concat,
+            self.sampler,
+            self.sigmas,
+            callback=self.progress.step,
+            disable_pbar=True,
+            seed=self.seed,
+        )
+        return samples.to(comfy.model_management.intermediate_device())
 
 
 def core_sampler(solver: str) -> comfy.samplers.Sampler:
@@ -200,38 +216,10 @@ def core_sampler(solver: str) -> comfy.samplers.Sampler:
     return comfy.samplers.KSAMPLER(sample)
 
 
-def _sample(
-    model, condition: Condition, sampler, sigmas: torch.Tensor, seed: int, options: dict, callback
-) -> torch.Tensor:
-    """Sample with cfg 1 and more `transformer_options`, as SamplerCustomAdvanced does.
-
-    The options go to the guider and not to a clone of the model: ComfyUI would load that anew.
-    """
-    concat, conditioning = conditioning_of(condition)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(conditioning, conditioning)
-    guider.set_cfg(1.0)
-    options = model.model_options.get("transformer_options", {}) | options
-    guider.model_options = model.model_options | {"transformer_options": options}
-    noise = comfy.sample.prepare_noise(concat, seed)
-    samples = guider.sample(
-        noise, concat, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed
-    )
-    return samples.to(comfy.model_management.intermediate_device())
-
-
 def _check_sigmas(sigmas: torch.Tensor) -> None:
     """Refuse noise levels that make no picture."""
-    require(sigmas, torch.Tensor, "expected SIGMAS")
-    levels = sigmas.flatten().tolist()
-    falling = all(b < a for a, b in pairwise(levels))  # False with NaN
-    if sigmas.ndim != 1 or len(levels) < 2 or not (falling and math.isfinite(levels[0])):
-        found = ", ".join(f"{level:.4g}" for level in levels[:8]) or "none"
-        raise InfDiTError(
-            f"expected sigmas that fall, at least two;"
-            f" got {tuple(sigmas.shape)}: {found}{', ...' if len(levels) > 8 else ''}"
-        )
-    if not 0 <= levels[-1] <= SIGMA_MIN:
+    levels = check_sigmas(require(sigmas, torch.Tensor, "expected SIGMAS"))
+    if levels[-1] > SIGMA_MIN:
         raise InfDiTError(
             f"expected sigmas that end in 0, so that no noise is left; got {levels[-1]:.4g}"
             " at the end. Sampling in parts needs Inf-DiT Conditioning and Inf-DiT Decode."

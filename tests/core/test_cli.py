@@ -280,7 +280,7 @@ def test_interrupted(models, picture, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("infdit_core.cli.commands.sample", interrupt)
+    monkeypatch.setattr("infdit_core.cli.commands.upscale", interrupt)
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 130
     assert capsys.readouterr().err == "infdit: interrupted\n"
     assert not (tmp_path / "a.png").exists()
@@ -290,13 +290,13 @@ def test_out_of_memory_names_the_way_out(models, picture, tmp_path, monkeypatch,
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("infdit_core.cli.commands.sample", too_large)
+    monkeypatch.setattr("infdit_core.cli.commands.upscale", too_large)
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
     fails(capsys, "photo.jpg", "too small for --schedule auto", "block-major or layer-major")
 
 
 def test_out_of_memory_on_the_cpu(models, picture, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("infdit_core.cli.commands.sample", lambda *a, **k: torch.empty(2**55))
+    monkeypatch.setattr("infdit_core.cli.commands.upscale", lambda *a, **k: torch.empty(2**55))
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", models["none"]) == 1
     fails(capsys, "the memory of cpu is too small for --schedule auto")
 
@@ -306,7 +306,7 @@ def test_a_network_that_overflows_is_an_error(models, picture, tmp_path, capsys)
     weights["mixins.final_layer.linear.bias"][0] = float("nan")
     save_file(weights, tmp_path / "nan.safetensors")
     assert upscale(picture, "-o", tmp_path / "a.png", "--model", tmp_path / "nan.safetensors") == 1
-    fails(capsys, "expected finite pixels", "--dtype fp32")
+    fails(capsys, "expected finite pixels", "bf16 or fp32")
     assert not (tmp_path / "a.png").exists()
 
 

@@ -6,6 +6,7 @@ import torch
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.memory.live_bytes import LiveBytes
+from infdit_core.network.run import Run
 from tests.goldens import golden_model, random_condition
 
 GRID = Grid(4, 16)
@@ -22,10 +23,11 @@ def model():
 def peak_bytes(model, schedule) -> int:
     """Of one evaluation, without what exists once per picture whatever the schedule."""
     x, cond = random_condition(model, *GRID)
-    lr_kv = model.lr_keys_values(cond.lr)
+    run = Run()
+    run.lr_kv = model.lr_keys_values(cond.lr)
     c_in = torch.tensor([1.0])
     with LiveBytes() as live:
-        model(x, c_in, cond, schedule, lr_kv=lr_kv)
+        model(x, c_in, cond, schedule, run=run)
     return live.peak - x.nbytes  # the result
 
 

@@ -12,7 +12,7 @@ from infdit_core.memory.adaptive import Adaptive, is_out_of_memory
 from infdit_core.memory.live_bytes import LiveBytes
 from infdit_core.memory.planner import (
     PlanError,
-    describe,
+    Workload,
     evaluation_bytes,
     evaluation_flop,
     peak_bytes,
@@ -21,7 +21,9 @@ from infdit_core.memory.planner import (
     weight_bytes,
 )
 from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
+from infdit_core.network.run import Run
 from infdit_core.sampling import sample
 from tests.goldens import golden_model, random_condition
 
@@ -51,18 +53,16 @@ SCHEDULES = [
 def test_an_evaluation_takes_what_is_predicted(grid, schedule, dtype):
     model = golden_model("xs", dtype)
     x, cond = random_condition(model, *grid)
-    lr_kv = model.lr_keys_values(cond.lr.to(dtype)) if schedule.keep_lr else None
+    run = Run()
+    if schedule.keep_lr:
+        run.lr_kv = model.lr_keys_values(cond.lr.to(dtype))
     with LiveBytes() as live:
-        model(x, torch.ones(1), cond, schedule, lr_kv=lr_kv, dtype=dtype)
+        model(x, torch.ones(1), cond, schedule, run=run, dtype=dtype)
     counted = live.peak - x.nbytes  # the result is one of the solver's pictures
-    predicted = evaluation_bytes(model.config, grid, schedule, dtype)
-    if getattr(schedule, "tokens_on_host", False):  # which here is the same memory
-        predicted += (
-            grid.rows
-            * grid.columns
-            * model.config.block_tokens
-            * (model.config.hidden_size * dtype.itemsize)
-        )
+    work = Workload(model.config, *x.shape[-2:], dtype)
+    predicted = evaluation_bytes(work, schedule)
+    if schedule.tokens_on_host:  # which here is the same memory
+        predicted += grid.blocks * work.block_bytes
     assert predicted == pytest.approx(counted, rel=0.1)
 
 
@@ -75,9 +75,8 @@ def test_sampling_takes_what_is_predicted(schedule, residual):
         cache = ResidualCache(1) if residual else None
         sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule, cache=cache)
     side = 6 * model.config.block_px
-    predicted = peak_bytes(
-        model.config, side, side, schedule, torch.float32, weights=False, residual=residual
-    )
+    work = Workload(model.config, side, side, torch.float32, weights=False, residual=residual)
+    predicted = peak_bytes(work, schedule)
     assert predicted == pytest.approx(live.peak, rel=0.1)
 
 
@@ -90,12 +89,12 @@ def test_sizes_of_the_released_model():
 @pytest.mark.parametrize("side", [512, 2048, 4096, 8192, 16384])
 def test_any_picture_fits_from_6_gb(side, gigabytes):
     schedule = plan(RELEASED, side, side, torch.bfloat16, gigabytes * 1e9)
-    predicted = peak_bytes(RELEASED, side, side, schedule, torch.bfloat16)
+    predicted = peak_bytes(Workload(RELEASED, side, side, torch.bfloat16), schedule)
     assert predicted <= gigabytes * 1e9
 
 
 def test_more_memory_is_never_slower():
-    found = plans(RELEASED, 8192, 8192, torch.bfloat16)
+    found = plans(Workload(RELEASED, 8192, 8192, torch.bfloat16))
     costs = [
         next(p.cost for p in found if p.peak_bytes <= gigabytes * 1e9)
         for gigabytes in (6, 8, 12, 24, 80)
@@ -109,43 +108,41 @@ def test_what_fits_nowhere_is_refused_with_the_least_that_is_needed():
 
 
 def test_every_schedule_is_described_differently():
-    found = plans(RELEASED, 4096, 4096, torch.bfloat16)
-    assert len({describe(p.schedule) for p in found}) == len(found)
+    found = plans(Workload(RELEASED, 4096, 4096, torch.bfloat16))
+    assert len({str(p.schedule) for p in found}) == len(found)
 
 
 class OutOfMemoryAt:
     """Lets the n-th cell of a model fail for want of memory."""
 
     def __init__(self, monkeypatch, cell: int) -> None:
-        from infdit_core.network.model import Evaluation
+        self.calls, layer = 0, InfDiT.layer
 
-        self.calls, layer = 0, Evaluation.layer
-
-        def fail(evaluation, *args):
+        def fail(model, *args):
             self.calls += 1
             if self.calls == cell:
                 raise torch.OutOfMemoryError("injected")
-            return layer(evaluation, *args)
+            return layer(model, *args)
 
-        monkeypatch.setattr(Evaluation, "layer", fail)
+        monkeypatch.setattr(InfDiT, "layer", fail)
 
 
 def test_out_of_memory_at_any_cell_gives_the_same_picture(monkeypatch, caplog):
     model = golden_model("xs")
     noise, cond = random_condition(model, 2, 3)
-    found = plans(model.config, 64, 96, torch.float32, device="cpu")
+    found = plans(Workload(model.config, 64, 96, torch.float32, device="cpu"))
     expected = sample(model, cond, edm_sigmas(2), noise=noise, schedule=found[0].schedule)
-    first = Adaptive(found).cells(Grid(2, 3), model.config.num_layers)
+    first = len(found[0].schedule.cells(Grid(2, 3), model.config.num_layers))
     for cell in range(1, 3 * first + 1):
         with monkeypatch.context() as patch:
             OutOfMemoryAt(patch, cell)
             freed: list[int] = []
-            schedule = Adaptive(found, free_memory=partial(freed.append, 1))
-            before = schedule.plan
+            adaptive = Adaptive(found, free_memory=partial(freed.append, 1))
+            before = adaptive.plan
             caplog.clear()
-            result = sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule)
+            result = sample(model, cond, edm_sigmas(2), noise=noise, retry=adaptive.call)
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
-        assert schedule.plan.peak_bytes < before.peak_bytes
+        assert adaptive.plan.peak_bytes < before.peak_bytes
         assert len(freed) == 1
         assert "out of memory with" in caplog.text
 
@@ -154,23 +151,23 @@ def test_the_failed_attempt_is_let_go_before_the_next(monkeypatch):
     """The tensors of the failed chunk must not live on in a traceback."""
     model = golden_model("xs")
     x, cond = random_condition(model, 4, 4)
-    found = plans(model.config, 128, 128, torch.float32, device="cpu")
+    found = plans(Workload(model.config, 128, 128, torch.float32, device="cpu"))
     OutOfMemoryAt(monkeypatch, 2)
     live_when_freed = []
     with LiveBytes() as live:
-        schedule = Adaptive(found, free_memory=lambda: live_when_freed.append(live.live))
-        model(x, torch.ones(1), cond, schedule)
+        adaptive = Adaptive(found, free_memory=lambda: live_when_freed.append(live.live))
+        adaptive.call(lambda schedule: model(x, torch.ones(1), cond, schedule))
     assert live_when_freed[0] < 0.3 * live.peak
 
 
 def test_without_a_smaller_plan_the_error_is_raised(monkeypatch):
     model = golden_model("xs")
     x, cond = random_condition(model, 1, 1)
-    found = plans(model.config, 32, 32, torch.float32, device="cpu")
+    found = plans(Workload(model.config, 32, 32, torch.float32, device="cpu"))
     smallest = min(found, key=lambda p: p.peak_bytes)
     OutOfMemoryAt(monkeypatch, 1)
     with pytest.raises(torch.OutOfMemoryError):
-        model(x, torch.ones(1), cond, Adaptive([smallest]))
+        Adaptive([smallest]).call(lambda schedule: model(x, torch.ones(1), cond, schedule))
 
 
 def test_other_errors_are_not_taken_for_out_of_memory():
@@ -182,7 +179,7 @@ def test_other_errors_are_not_taken_for_out_of_memory():
 
 
 def test_a_budget_chooses_the_first_plan_that_fits():
-    found = plans(RELEASED, 4096, 4096, torch.bfloat16)
+    found = plans(Workload(RELEASED, 4096, 4096, torch.bfloat16))
     assert Adaptive(found).plan is found[0]
     assert Adaptive(found, 7e9).plan.peak_bytes <= 7e9
     assert Adaptive(found, 1.0).plan.peak_bytes == min(p.peak_bytes for p in found)

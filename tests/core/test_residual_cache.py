@@ -6,6 +6,7 @@ import torch
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
 from infdit_core.network.residual_cache import ResidualCache
+from infdit_core.network.run import Run
 from infdit_core.sampling import sample
 from tests.goldens import golden_model, random_condition
 
@@ -23,9 +24,8 @@ def test_the_same_picture_again_costs_fewer_layers_and_is_the_same(model, schedu
 
     def denoise():
         cells.clear()
-        return model.denoise(
-            x, 0.7, cond, schedule, cache=cache, progress=lambda *cell: cells.append(cell)
-        )
+        run = Run(lambda *cell: cells.append(cell), cache)
+        return model.denoise(x, 0.7, cond, schedule, run=run)
 
     first = denoise()
     layers = model.config.num_layers
@@ -43,9 +43,9 @@ def test_another_schedule_or_device_of_the_cache_reuses_it_as_well(model):
     for on_host in (False, True):
         cache = ResidualCache(1)
         schedule = LayerMajor(3, tokens_on_host=on_host)
-        expected = model.denoise(x, 0.7, cond, schedule, cache=cache)
-        assert cache.on_host == on_host
-        result = model.denoise(x, 0.7, cond, BlockMajor(1), cache=cache)
+        expected = model.denoise(x, 0.7, cond, schedule, run=Run(cache=cache))
+        assert cache._on_host == on_host
+        result = model.denoise(x, 0.7, cond, BlockMajor(1), run=Run(cache=cache))
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
         assert cache.reused == 1
 
@@ -76,9 +76,9 @@ def test_an_evaluation_that_was_broken_off_is_not_reused(model):
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        model.denoise(x, 1.0, cond, LayerMajor(1), cache=cache, progress=cancel)
+        model.denoise(x, 1.0, cond, LayerMajor(1), run=Run(cancel, cache))
     expected = model.denoise(x, 1.0, cond)
-    assert torch.equal(model.denoise(x, 1.0, cond, cache=cache), expected)
+    assert torch.equal(model.denoise(x, 1.0, cond, run=Run(cache=cache)), expected)
     assert cache.reused == 0
 
 
@@ -86,6 +86,6 @@ def test_what_cannot_be_left_out_is_refused(model):
     x, cond = random_condition(model, 1, 1)
     layers = model.config.num_layers
     with pytest.raises(ValueError, match=f"fewer layers to leave out than the model's {layers}"):
-        model.denoise(x, 1.0, cond, cache=ResidualCache(layers))
+        model.denoise(x, 1.0, cond, run=Run(cache=ResidualCache(layers)))
     with pytest.raises(ValueError, match="at least 1 layer"):
         ResidualCache(0)

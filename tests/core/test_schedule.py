@@ -9,6 +9,7 @@ import torch
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
+from infdit_core.network.run import Run
 from infdit_core.sampling import sample
 from tests.goldens import golden_model, random_condition
 
@@ -55,8 +56,8 @@ def test_chunks_cover_every_block_once_and_after_its_neighbours(grid, depth, len
 def test_progress_counts_every_cell(model, schedule):
     x, cond = random_condition(model, 3, 5)
     calls = []
-    model.denoise(x, 1.0, cond, schedule, progress=lambda *call: calls.append(call))
-    total = schedule.cells(Grid(3, 5), model.config.num_layers)
+    model.denoise(x, 1.0, cond, schedule, run=Run(lambda *call: calls.append(call)))
+    total = len(schedule.cells(Grid(3, 5), model.config.num_layers))
     assert calls == [(i + 1, total) for i in range(total)]
 
 
@@ -69,7 +70,7 @@ def test_an_exception_in_progress_stops_the_evaluation(model):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        model.denoise(x, 1.0, cond, LayerMajor(1), progress=cancel)
+        model.denoise(x, 1.0, cond, LayerMajor(1), run=Run(cancel))
     assert calls == [1]
 
 
@@ -105,8 +106,9 @@ def test_lr_keys_are_made_once_per_token_and_picture(model, schedule):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_lr_keys_made_for_each_chunk_anew_give_the_same(model, grid):
     x, cond = random_condition(model, *grid)
-    expected = model.denoise(x, 1.0, cond, lr_kv=model.lr_keys_values(cond.lr))
-    for schedule in (Full(), BlockMajor(2), LayerMajor(1), LayerMajor(3)):
+    expected = model.denoise(x, 1.0, cond)
+    for blocks in (1, 3, 100):
+        schedule = LayerMajor(blocks, keep_lr=False)
         result = model.denoise(x, 1.0, cond, schedule)
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 

@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 
+from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.host_tokens import HostTokens
 from infdit_core.blocks.schedules import Full, LayerMajor
 from infdit_core.edm import edm_sigmas
 from infdit_core.memory.adaptive import Adaptive
-from infdit_core.memory.planner import Plan, streamed_weight_bytes, weight_bytes
-from infdit_core.network.model import Evaluation
+from infdit_core.memory.planner import Plan, weight_bytes
+from infdit_core.network.model import InfDiT
 from infdit_core.sampling import sample
 from tests.goldens import golden_model, random_condition
 
@@ -43,12 +44,11 @@ def test_a_schedule_can_send_the_weights_to_the_host(run_out, monkeypatch):
     resident, streamed = golden_model("xs"), golden_model("xs")
     noise, cond = random_condition(resident, 3, 4)
     expected = sample(resident, cond, edm_sigmas(3), noise=noise)
-    schedule = LayerMajor(2, tokens_on_host=True, stream_weights=True)
+    plans = [Plan(LayerMajor(2, tokens_on_host=True, stream_weights=True), 1, 0, 2.0)]
     if run_out:  # in the middle of sampling, with the weights on the device till then
-        plans = [Plan(Full(), 2, 0, 1.0), Plan(schedule, 1, 0, 2.0)]
-        schedule = Adaptive(plans)
+        plans.insert(0, Plan(Full(), 2, 0, 1.0))
         fail_at(monkeypatch, 3 * resident.config.num_layers)
-    result = sample(streamed, cond, edm_sigmas(3), noise=noise, schedule=schedule)
+    result = sample(streamed, cond, edm_sigmas(3), noise=noise, retry=Adaptive(plans).call)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
     assert streamed._stream is not None
 
@@ -58,32 +58,35 @@ def test_streamed_weights_are_what_is_predicted():
     model.stream_layers("meta")
     held = sum(p.nbytes for p in model.parameters() if p.device.type == "meta")
     held += sum(p.nbytes for p in model.layers[0].parameters())
-    assert streamed_weight_bytes(model.config, torch.float32) == held
+    assert weight_bytes(model.config, torch.float32, streamed=True) == held
     assert held < weight_bytes(model.config, torch.float32)
 
 
 def test_tokens_on_the_host_come_and_go_in_order():
     """Whatever the number of chunks, each read gives what was written last; few are on the way."""
     for count in (1, 2, 3, 5):
-        with HostTokens(torch.device("cpu"), count) as tokens:
-            for i in range(count):
-                tokens.append(torch.full((1, 1, 1 + (i < 2), 4, 2), float(i)))
-            for step in range(3):
-                for i in range(count):
-                    taken = tokens[i]
-                    assert taken.shape[2] == 1 + (i < 2)
-                    assert (taken == i + 100 * step).all(), (count, step, i)
-                    tokens[i] = taken + 100
+        chunks = list(Grid(count, 1).chunks(1, 1))
+        cells = [(n, chunk) for n in range(4) for chunk in chunks]
+        with HostTokens(torch.device("cpu"), cells) as tokens:
+            for n, chunk in cells:
+                i = chunk.top
+                if n == 0:
+                    tokens[chunk] = torch.full((1, 1, 1 + (i < 2), 4, 2), float(i))
+                    continue
+                taken = tokens.pop(chunk)
+                assert taken.shape[2] == 1 + (i < 2)
+                assert (taken == i + 100 * (n - 1)).all(), (count, n, i)
+                tokens[chunk] = taken + 100
             assert len(tokens._slots) == min(2, count)
 
 
 def fail_at(monkeypatch, cell: int) -> None:
     """Let the n-th cell of an evaluation fail for want of memory."""
-    calls, layer = itertools.count(1), Evaluation.layer
+    calls, layer = itertools.count(1), InfDiT.layer
 
-    def fail(evaluation, *args):
+    def fail(model, *args):
         if next(calls) == cell:
             raise torch.OutOfMemoryError("injected")
-        return layer(evaluation, *args)
+        return layer(model, *args)
 
-    monkeypatch.setattr(Evaluation, "layer", fail)
+    monkeypatch.setattr(InfDiT, "layer", fail)

@@ -80,19 +80,18 @@ def test_the_seed_chooses_the_picture(load, upscale):
 
 @pytest.mark.parametrize("preset", ["fast", "draft"])
 def test_presets_take_fewer_evaluations(comfy, load, upscale, monkeypatch, preset):
-    evaluation = comfy.module("infdit_core.network.model").Evaluation
-    run, runs = evaluation.run, []
+    net = comfy.module("infdit_core.network.model").InfDiT
+    forward, runs = net.forward, []
 
-    def counted(self, schedule):
-        runs.append(schedule)
-        run(self, schedule)
+    def counted(self, *args, **kwargs):
+        runs.append(1)
+        return forward(self, *args, **kwargs)
 
     model, image = load("tiny")[0], torch.rand(1, 10, 12, 3)
     exact = upscale(model, image, steps=20)
-    monkeypatch.setattr(evaluation, "run", counted)
+    monkeypatch.setattr(net, "forward", counted)
     quick = upscale(model, image, preset=preset)
-    # the schedule that gives way on out of memory runs another inside
-    assert len(runs) == 2 * comfy.module("infdit_core.sampling").PRESETS[preset].evaluations
+    assert len(runs) == comfy.module("infdit_core.sampling").PRESETS[preset].evaluations
     assert (quick - exact).square().mean().sqrt() < 0.1
 
 
@@ -113,9 +112,9 @@ def test_the_schedule_in_transformer_options_is_used(comfy, load, upscale):
     chunked, seen = model.clone(), []
 
     class Watched(schedule.LayerMajor):
-        def run(self, evaluation):
-            seen.append(evaluation.grid)
-            super().run(evaluation)
+        def cells(self, grid, num_layers):
+            seen.append(grid)
+            return super().cells(grid, num_layers)
 
     chunked.model_options["transformer_options"] = {keys.SCHEDULE: Watched(1)}
     torch.testing.assert_close(upscale(chunked, image, 4.0), exact, atol=1e-4, rtol=0)
@@ -177,8 +176,8 @@ def test_8_bit_layers_are_loaded_sampled_and_smaller(comfy, load, upscale):
 def test_out_of_memory_takes_a_smaller_plan_and_goes_on(comfy, load, upscale, monkeypatch, caplog):
     model, image = load("tiny")[0], torch.rand(1, 20, 30, 3)
     expected = upscale(model, image, 4.0)
-    evaluation = comfy.module("infdit_core.network.model").Evaluation
-    layer, calls = evaluation.layer, []
+    net = comfy.module("infdit_core.network.model").InfDiT
+    layer, calls = net.layer, []
 
     def fails_once(self, *args):
         calls.append(args[2])
@@ -186,7 +185,7 @@ def test_out_of_memory_takes_a_smaller_plan_and_goes_on(comfy, load, upscale, mo
             raise torch.OutOfMemoryError("injected")
         return layer(self, *args)
 
-    monkeypatch.setattr(evaluation, "layer", fails_once)
+    monkeypatch.setattr(net, "layer", fails_once)
     torch.testing.assert_close(upscale(model, image, 4.0), expected, atol=1e-4, rtol=0)
     assert "out of memory with" in caplog.text
 
@@ -223,8 +222,8 @@ def test_a_preview_is_small_and_shows_the_picture(comfy):
 
 def test_cancelling_takes_effect_at_the_next_chunk(comfy, load, upscale, monkeypatch):
     management = importlib.import_module("comfy.model_management")
-    layers = comfy.module("infdit_core.network.model").Evaluation
-    done, layer = [], layers.layer
+    net = comfy.module("infdit_core.network.model").InfDiT
+    done, layer = [], net.layer
 
     def counted(self, *args):
         done.append(args[0])
@@ -232,7 +231,7 @@ def test_cancelling_takes_effect_at_the_next_chunk(comfy, load, upscale, monkeyp
             management.interrupt_current_processing(True)
         return layer(self, *args)
 
-    monkeypatch.setattr(layers, "layer", counted)
+    monkeypatch.setattr(net, "layer", counted)
     with pytest.raises(management.InterruptProcessingException):
         upscale(load("tiny")[0], torch.rand(1, 10, 12, 3))
     assert len(done) == 3

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infdit_core import edm_sigmas, sample
 from infdit_core.memory.adaptive import Adaptive
-from infdit_core.memory.planner import plans
+from infdit_core.memory.planner import Workload, plans
 from infdit_core.network.config import InfDiTConfig
-from infdit_core.network.model import Evaluation, InfDiT
+from infdit_core.network.model import InfDiT
 from tests.goldens import TINY, random_condition, random_tensors
 
 
@@ -51,27 +51,25 @@ def test_out_of_memory_at_every_operation(monkeypatch, every):
     run is none the worse."""
     model = engine_model()
     noise, cond = random_condition(model, 1, 2)
-    found = plans(model.config, *noise.shape[-2:], torch.float32, device="cpu")
+    found = plans(Workload(model.config, *noise.shape[-2:], torch.float32, device="cpu"))
     operations, inside = FailingOperation(), set()
-    run = Evaluation.run
+    denoise = InfDiT.denoise
 
-    def watched(self, schedule):
+    def watched(self, *args, **kwargs):
         first = operations.count
         try:
-            run(self, schedule)
+            return denoise(self, *args, **kwargs)
         finally:
             inside.update(range(first, operations.count))
 
     def draw(mode: FailingOperation) -> torch.Tensor:
-        schedule = Adaptive(found, free_memory=lambda: None)
+        retry = Adaptive(found, free_memory=lambda: None).call
         with mode:
-            return sample(
-                model, cond, edm_sigmas(2), noise=noise, solver="euler", schedule=schedule
-            )
+            return sample(model, cond, edm_sigmas(2), noise=noise, solver="euler", retry=retry)
 
-    monkeypatch.setattr(Evaluation, "run", watched)
+    monkeypatch.setattr(InfDiT, "denoise", watched)
     expected = draw(operations)
-    monkeypatch.setattr(Evaluation, "run", run)
+    monkeypatch.setattr(InfDiT, "denoise", denoise)
     before = live_tensors()
     total, survived = operations.count, 0
     assert 100 < total < 5000
@@ -108,8 +106,8 @@ def management(comfy):
 @pytest.fixture
 def layers(comfy, monkeypatch):
     """Calls a function with the number of every layer call before it is made."""
-    evaluation = comfy.module("infdit_core.network.model").Evaluation
-    layer = evaluation.layer
+    net = comfy.module("infdit_core.network.model").InfDiT
+    layer = net.layer
 
     def install(before):
         calls = 0
@@ -120,7 +118,7 @@ def layers(comfy, monkeypatch):
             before(calls)
             return layer(self, *args)
 
-        monkeypatch.setattr(evaluation, "layer", counted)
+        monkeypatch.setattr(net, "layer", counted)
 
     return install
 
@@ -218,7 +216,7 @@ def test_a_result_larger_than_the_memory_is_refused_before_any_work(
     model, calls = load("tiny")[0], []
     layers(calls.append)
     monkeypatch.setattr(comfy.module("infdit_core.memory.host"), "available_bytes", lambda: 6e5)
-    monkeypatch.setattr(comfy.module("nodes.infdit.inputs"), "prepare", None)
+    monkeypatch.setattr(comfy.module("infdit_core.upscale"), "prepare", None)
     monkeypatch.setattr(comfy.module("nodes.infdit.comfy_model"), "plans", None)
     message = "128×64 px need at least 1 MB of main memory; 1 MB are free"
     with pytest.raises(ValueError, match=f"^Inf-DiT Upscale: {message}"):
