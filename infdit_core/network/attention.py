@@ -38,9 +38,9 @@ def block_attention(
     for i in range(q.shape[1]):
         above, same = bordered[:, :, i], bordered[:, :, i + 1]
         segments = same[:, :, 1:], above[:, :, :-1], same[:, :, :-1], above[:, :, 1:]
-        keys = torch.cat([s[0] for s in segments], dim=-2)
-        keys.unflatten(-2, (4, -1)).add_(segment_embed.transpose(0, 1).unsqueeze(2))
-        values = torch.cat([s[1] for s in segments], dim=-2)
-        out = attend(q[:, i].flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
-        rows.append(out.unflatten(0, keys.shape[:2]).transpose(2, 3))
+        k = torch.cat([s[0] for s in segments], dim=-2)  # (B, c, A, 4·T, d)
+        k.unflatten(-2, (4, -1)).add_(segment_embed.transpose(0, 1).unsqueeze(2))
+        v = torch.cat([s[1] for s in segments], dim=-2)
+        out = attend(q[:, i].flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # (B·c, A, T, d)
+        rows.append(out.unflatten(0, k.shape[:2]).transpose(2, 3))
     return torch.stack(rows, dim=1)

@@ -6,6 +6,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,17 +96,17 @@ class BlockAttention(nn.Module):
         The border of the keys and values is left for the frontier to fill.
         """
         b, r, c, t, _ = tokens.shape
-        qkv = self.qkv(modulate(layer_norm(tokens), shift, scale))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        qkv = self.qkv(modulate(layer_norm(tokens), shift, scale))  # (B, r, c, T, 3·hidden)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, r, c, T, A, d) each
         bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
         bordered[0, :, 1:, 1:] = self._place(k, rotary)
-        bordered[1, :, 1:, 1:] = v.transpose(-3, -2)
+        bordered[1, :, 1:, 1:] = v.transpose(-3, -2)  # (B, r, c, A, T, d)
         return self._place(q, rotary), bordered
 
     def _place(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Normalise and rotate queries or keys: (B, r, c, T, A, d) -> (B, r, c, A, T, d)."""
-        x = self.qk_norm(x).unflatten(3, (self.side, self.side))
-        return rotate(x, *rotary).flatten(3, 4).transpose(-3, -2)
+        x = rearrange(self.qk_norm(x), "b r c (y x) a d -> b r c y x a d", y=self.side)
+        return rearrange(rotate(x, *rotary), "b r c y x a d -> b r c a (y x) d")
 
 
 class LRCrossAttention(nn.Module):
@@ -126,6 +127,7 @@ class LRCrossAttention(nn.Module):
 
     def keys_values(self, tokens: Tensor) -> Tensor:
         """Keys and values of LR tokens: (B, y, x, hidden) -> (2, B, y, x, A, d)."""
+        # (B, y, x, A, d) each
         k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         return torch.stack([self.key_norm(k), v])
 
@@ -136,21 +138,21 @@ class LRCrossAttention(nn.Module):
             lr_kv: keys and values of the LR blocks of this chunk and of one block around it.
         """
         q = self.query_norm(self.query(layer_norm(tokens)).unflatten(-1, (self.num_heads, -1)))
-        q = (q + cast_like(self.query_position, q)).transpose(-3, -2)
+        q = (q + cast_like(self.query_position, q)).transpose(-3, -2)  # (B, r, c, A, T, d)
         key_position = cast_like(self.key_position, q)
         rows = []
         for i in range(tokens.shape[1]):
-            windows = self._windows(lr_kv[:, :, i * self.lr_block :][:, :, : 3 * self.lr_block])
-            keys = (windows[0] + key_position).transpose(1, 2)
-            out = attend(q[:, i].flatten(0, 1), keys, windows[1].transpose(1, 2))
-            rows.append(out.unflatten(0, q[:, i].shape[:2]).transpose(2, 3))
-        return self.dense(torch.stack(rows, dim=1).flatten(-2))
+            k, v = self._windows(lr_kv[:, :, i * self.lr_block :][:, :, : 3 * self.lr_block])
+            k = (k + key_position).transpose(1, 2)  # (B·c, A, lr_window², d)
+            out = attend(q[:, i].flatten(0, 1), k, v.transpose(1, 2))
+            rows.append(rearrange(out, "(b c) a t d -> b c t (a d)", c=tokens.shape[2]))
+        return self.dense(torch.stack(rows, dim=1))
 
     def _windows(self, lr_kv: Tensor) -> Tensor:
-        """The 3×3-block windows of LR blocks: (2, B·blocks, lr_window², A, d)."""
+        """The 3×3-block windows of a row of LR blocks: (2, B·c, lr_window², A, d)."""
         side = self.lr_block
         windows = lr_kv.unfold(2, 3 * side, side).unfold(3, 3 * side, side)
-        return windows.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(4, 5).flatten(1, 3)
+        return rearrange(windows, "kv b r c a d y x -> kv (b r c) (y x) a d")
 
 
 class MLP(nn.Module):

@@ -47,7 +47,7 @@ def rotate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         x turned, in the dtype of x; computed in float32, and in place where x is float32.
     """
     rows, columns = rows[:, None, :, None, None], columns[None, :, None, :, None]
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, r, c, b, b, A, d/2, 2)
     half = pairs.shape[-2] // 2
     if torch.compiler.is_compiling():  # which fuses real numbers only
         first, second = pairs.split(half, dim=-2)
