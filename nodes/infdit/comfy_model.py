@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 
 import comfy.conds
 import comfy.latent_formats
@@ -22,7 +24,6 @@ from ...infdit_core.memory.planner import Plan, Workload, plans
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.config import InfDiTConfig
-from ...infdit_core.network.fp8 import use_fp8
 from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
@@ -43,6 +44,9 @@ REUSE_LAYERS = "infdit_reuse_layers"
 
 _KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
 """Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
+_FP8 = torch.float8_e4m3fn
+_FP8_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(qkv|dense)|mlp\.fc[12])\.weight")
+"""The weights of the transformer layers, which are nearly all of the network."""
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
 _SAME_SIGMA = 1e-3
@@ -55,7 +59,7 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
     Args:
         checkpoint: an opened file.
         dtype: of the weights; None lets ComfyUI choose from the file's dtype and the device.
-        fp8: 8-bit linear layers inside the transformer layers.
+        fp8: 8-bit linear layers inside the transformer layers, by ComfyUI's quantised operations.
 
     Raises:
         CheckpointError: the file is not an Inf-DiT model; the message says why.
@@ -77,9 +81,14 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
         weight_dtype=state_dict["final.linear.weight"].dtype,
     )
     model_config = InfDiTModelConfig({"config": config})
+    if fp8:
+        model_config.quant_config = {"mixed_ops": True}  # as core sets it for quantised files
+        state_dict |= _quantized({k: v for k, v in state_dict.items() if _FP8_WEIGHT.fullmatch(k)})
     model_config.set_inference_dtype(
         weight_dtype,
-        comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported),
+        comfy.model_management.unet_manual_cast(
+            None if fp8 else weight_dtype, load_device, supported
+        ),
     )
     model = InfDiTModel(model_config, device=offload_device)
     # looked up at call time: ComfyUI replaces it at its start where it has dynamic VRAM
@@ -87,9 +96,20 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
         model, load_device=load_device, offload_device=offload_device
     )
     model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
-    if fp8:
-        use_fp8(model.diffusion_model.net)
     return patcher
+
+
+def _quantized(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights (n, m) in 8 bits with what core's own format says of them."""
+    note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    state_dict = {}
+    for key, weight in weights.items():
+        scale = weight.float().abs().amax().clamp(min=1e-12) / torch.finfo(_FP8).max
+        prefix = key.removesuffix("weight")
+        state_dict[key] = (weight.float() / scale).to(_FP8)
+        state_dict[f"{prefix}weight_scale"] = scale
+        state_dict[f"{prefix}comfy_quant"] = note
+    return state_dict
 
 
 def require_infdit(model: object) -> None:

@@ -166,11 +166,17 @@ def test_8_bit_layers_are_loaded_sampled_and_smaller(comfy, load, upscale):
     image = torch.rand(1, 20, 12, 3)
     exact, rounded = load("tiny")[0], load("tiny", "fp8 layers")[0]
     h, mlp = TINY.hidden_size, TINY.mlp_size
-    weights, outputs = 4 * h * h + 2 * h * mlp, 5 * h + mlp
-    saved = TINY.num_layers * (3 * weights - 4 * outputs)  # three of four bytes, less the scales
-    assert rounded.model_size() == exact.model_size() - saved
-    difference = upscale(exact, image, 4.0) - upscale(rounded, image, 4.0)
-    assert 0 < difference.square().mean().sqrt() < 0.2
+    saved = TINY.num_layers * 3 * (4 * h * h + 2 * h * mlp)  # three of four bytes
+    assert rounded.model_size() == pytest.approx(exact.model_size() - saved, rel=0.01)
+    expected, result = upscale(exact, image, 4.0), upscale(rounded, image, 4.0)
+    assert 0 < (result - expected).square().mean().sqrt() < 0.2
+
+    patch = {"diffusion_model.net.layers.0.mlp.fc1.weight": ("diff", (torch.randn(mlp, h) / 4,))}
+    patched = [model.clone() for model in (exact, rounded)]
+    assert all(model.add_patches(patch) for model in patched)
+    changed, result = (upscale(model, image, 4.0) for model in patched)
+    moved = (changed - expected).square().mean().sqrt()
+    assert (result - changed).square().mean().sqrt() < moved / 2
 
 
 def test_out_of_memory_takes_a_smaller_plan_and_goes_on(comfy, load, upscale, monkeypatch, caplog):
