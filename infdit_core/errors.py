@@ -2,7 +2,7 @@
 
 
 class InfDiTError(ValueError):
-    """What was asked for cannot be done; the message says what was expected and what came.
+    """What was asked for cannot be done; the message says what was expected and what it got.
 
     Any other exception is a bug of this package.
     """

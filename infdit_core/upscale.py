@@ -137,7 +137,7 @@ def upscale(
 
     Raises:
         InfDiTError: the picture, the size or a setting cannot be worked with; or the result does
-            not fit the main memory, which is known before anything is drawn.
+            not fit the RAM, which is known before anything is drawn.
     """
     if draw is None:
         if model is None:

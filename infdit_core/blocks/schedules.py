@@ -157,10 +157,10 @@ class LayerMajor(Schedule):
     def __str__(self) -> str:
         m = self.blocks_per_chunk
         parts = [f"layer by layer, {m} block{'s' * (m > 1)} at a time"]
-        parts += ["tokens on the host"] * self.tokens_on_host
-        parts += ["LR keys made anew"] * (not self.keep_lr)
-        parts += ["pictures on the host"] * (self.pictures_device is not None)
-        parts += ["weights on the host"] * self.stream_weights
+        parts += ["tokens in RAM"] * self.tokens_on_host
+        parts += ["LR keys not kept"] * (not self.keep_lr)
+        parts += ["pictures in RAM"] * (self.pictures_device is not None)
+        parts += ["weights in RAM"] * self.stream_weights
         return ", ".join(parts)
 
 

@@ -96,7 +96,7 @@ MODULE_NAMES = {
 
 
 class CheckpointError(InfDiTError):
-    """A file that cannot be used; the message says which, what was expected and what came."""
+    """A file that cannot be used; the message says which, what was expected and what it got."""
 
 
 class Checkpoint:

@@ -46,7 +46,7 @@ def upscale_files(args: argparse.Namespace) -> int:
     _check_schedule(args)
     jobs = plan_jobs(args.input, args.output, args.format, args.overwrite)
     for target in jobs.finished:
-        _say(f"{target} is there already; --overwrite makes it anew")
+        _say(f"{target} is there already; --overwrite replaces it")
     if not jobs.todo:
         return 0
     device = _device(args.device)
@@ -196,7 +196,7 @@ def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:
 
 
 def _load(path: Path, device: torch.device, dtype: torch.dtype) -> InfDiT:
-    """The model on its device, or with its layers in main memory where it does not fit."""
+    """The model on its device, or with its layers in RAM where it does not fit."""
     try:
         return load_model(path, device, dtype)
     except RuntimeError as error:

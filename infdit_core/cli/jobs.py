@@ -1,4 +1,4 @@
-"""Which pictures the command line makes, and what came of them."""
+"""Which pictures the command line makes, and how each ended."""
 
 from __future__ import annotations
 

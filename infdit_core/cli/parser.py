@@ -107,7 +107,7 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         "--colour-fix",
         choices=COLOUR_FIXES,
         default="none",
-        help="take the colours of the picture that came in: all that is coarser than about 32 px"
+        help="take the colours of the input picture: all that is coarser than about 32 px"
         " (wavelet), or mean and contrast in RGB (adain) or CIELAB (lab) (default: %(default)s)",
     )
 

@@ -1,4 +1,4 @@
-"""Whether a picture fits the main memory, asked before any work is done on it.
+"""Whether a picture fits the RAM, asked before any work is done on it.
 
 The system does not refuse an allocation that it cannot serve: it ends the process later, and with
 it a whole ComfyUI. So what is certain to be too large is refused here.
@@ -24,7 +24,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def require_memory(
     size: tuple[int, int], device: str | torch.device, results: int = 1, at_once: int = 1
 ) -> None:
-    """Refuse what cannot fit the main memory.
+    """Refuse what cannot fit the RAM.
 
     Args:
         size: (height, width) of a result in pixels.
@@ -44,7 +44,7 @@ def require_memory(
 
 
 def require_bytes(needed: float, what: str, expected: str) -> None:
-    """Refuse `what` where it needs more bytes of main memory than there are.
+    """Refuse `what` where it needs more bytes of RAM than there are.
 
     Raises:
         PlanError: says `what` was asked for and what was `expected` instead.
@@ -52,13 +52,13 @@ def require_bytes(needed: float, what: str, expected: str) -> None:
     free = available_bytes()
     if needed > free:
         raise PlanError(
-            f"{what} need at least {gigabytes(needed)} of main memory; {gigabytes(free)} are free."
+            f"{what} need at least {gigabytes(needed)} of RAM; {gigabytes(free)} are free."
             f" Expected {expected}"
         )
 
 
 def available_bytes() -> float:
-    """Main memory and swap that can be had now, in a container its share; infinite if unknown."""
+    """RAM and swap that can be had now, in a container its share; infinite if unknown."""
     if not _MEMINFO.exists():
         return _by_psutil()
     lines = (line.split() for line in _MEMINFO.read_text().splitlines())

@@ -95,7 +95,7 @@ class Plan:
     """Expected time relative to the best schedule on unlimited memory."""
 
     def __str__(self) -> str:
-        host = f", {gigabytes(self.host_bytes)} on the host" if self.host_bytes else ""
+        host = f", {gigabytes(self.host_bytes)} in RAM" if self.host_bytes else ""
         return f"{self.schedule}, about {gigabytes(self.peak_bytes)}{host}"
 
 

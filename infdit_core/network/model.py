@@ -181,7 +181,7 @@ class InfDiT(nn.Module):
         if self.vector_embed is not None and vector is not None:
             embed = embed + self.vector_embed(vector.to(embed))
         embed = F.silu(F.silu(embed))  # the release applies it once to e, once in each modulation
-        # like streamed layers, these weights stay in main memory
+        # like streamed layers, these weights stay in RAM
         at_weights = embed if self._stream is None else embed.cpu()
         modulations = self.modulations(at_weights).to(embed.device)  # (B, L·4·hidden)
         modulations = modulations.unflatten(-1, (len(self.layers), 4, -1)).unbind(1)
@@ -289,7 +289,7 @@ class InfDiT(nn.Module):
         return around
 
     def stream_layers(self, device: torch.device | str) -> None:
-        """Compute on `device` with the layers left in main memory, copied there one at a time.
+        """Compute on `device` with the layers left in RAM, copied there one at a time.
 
         For networks whose weights do not fit; use with `LayerMajor`, which needs each layer once
         per evaluation.

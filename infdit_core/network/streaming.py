@@ -1,4 +1,4 @@
-"""Transformer layers that stay in main memory and come to the device one at a time.
+"""Transformer layers that stay in RAM and come to the device one at a time.
 
 Layer-major schedules use a layer for the whole picture before they turn to the next, so every
 weight is copied once per evaluation, which is little beside the work of a large picture.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .layers import Layer
 
 STREAMED = ("layers", "modulations")
-"""Parts of the network that stay in main memory."""
+"""Parts of the network that stay in RAM."""
 
 
 def resident_parameters(net: nn.Module) -> Iterator[Tensor]:
@@ -31,7 +31,7 @@ class LayerStream:
     """Copies of transformer layers on the device, one at a time.
 
     Args:
-        layers: in main memory; pinned here if the device is a GPU.
+        layers: in RAM; pinned here if the device is a GPU.
         device: where the network computes.
     """
 

@@ -1,7 +1,7 @@
 """Giving a result the colours of the picture it was made from: over the whole picture, not blocks.
 
 Means and deviations are compared at half the source's size, where a sharp result and a soft one
-show the same: what detail the network added is none of the source's business. Wavelet, which keeps
+show the same: detail that the network added does not count. Wavelet, which keeps
 what is finer than its low-pass anyway, works at the result's size, as StableSR (arXiv 2305.07015).
 """
 

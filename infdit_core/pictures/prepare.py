@@ -166,7 +166,7 @@ def _reach(target: int, padded: int, scale: float) -> int:
     while math.floor(reach * scale) < padded:
         reach += 1
     if padded == target:
-        return reach  # what lies beyond the picture's own edge is no business of the kernel's
+        return reach  # the kernel does not reach beyond the picture's own edge
     return reach + 2 * math.ceil(max(1, LR_SCALE / scale))  # the reach of the bicubic kernel
 
 

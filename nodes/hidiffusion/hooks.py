@@ -1,10 +1,10 @@
 """HiDiffusion's work on a model, by hooks that ComfyUI offers.
 
 A `Patch` gives a model two wrappers. `Patch.sample` looks at a run as it begins; `Patch.evaluate`
-decides what happens in one evaluation of the UNet, puts that `Plan` into the evaluation's own copy
-of transformer_options and adds the hooks that read it. No state outlives an evaluation and no
+decides what one evaluation of the UNet does differently, puts these `Changes` into the evaluation's
+own copy of transformer_options and adds the hooks that read them. No state outlives it and no
 module is changed, so there is nothing to undo after an error or a cancel, and cast, offloaded,
-quantised or LoRA-patched weights are none of its business.
+quantised or LoRA-patched weights work as they are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .rules import (
 log = logging.getLogger(__name__)
 
 KEY = "hidiffusion"
-"""Of our wrappers, and of the `Plan` in transformer_options."""
+"""Of our wrappers, and of the `Changes` in transformer_options."""
 _RUN = "hidiffusion_run"
 """Of the `Run` in transformer_options."""
 _OPEN = "hidiffusion_windows"
@@ -63,7 +63,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Changes:
     """What one evaluation of the UNet does differently. Immutable, so threads may share it."""
 
     family: Family
@@ -152,12 +152,12 @@ class Patch:
     ):  # fmt: skip
         """APPLY_MODEL: one evaluation, of `x` (B, C, H, W) at noise level `t` (B,)."""
         options = dict(transformer_options or {})
-        plan = self.plan(x, float(t.flatten()[0]), options, executor.class_obj.model_sampling)
-        options = install(plan, options)
-        control = fit_control(plan, control)
+        changes = self.changes(x, float(t.flatten()[0]), options, executor.class_obj.model_sampling)
+        options = install(changes, options)
+        control = fit_control(changes, control)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-    def plan(self, x: torch.Tensor, sigma: float, options: dict, model_sampling: Any) -> Plan:
+    def changes(self, x: torch.Tensor, sigma: float, options: dict, model_sampling: Any) -> Changes:
         """What to do at this noise level."""
         run = options.get(_RUN, Run())
         levels = options.get("sample_sigmas")
@@ -173,27 +173,27 @@ class Patch:
             )
         else:
             rad, pool = (step in p.steps(len(sigmas) - 1) for p in (times.rad, times.pool))
-        plan = Plan(self.family, feature_sizes(self.family, size, rad, pool), rad, pool)
-        return self.with_windows(plan, step, x.device) if self.window_attention else plan
+        changes = Changes(self.family, feature_sizes(self.family, size, rad, pool), rad, pool)
+        return self.with_windows(changes, step, x.device) if self.window_attention else changes
 
-    def with_windows(self, plan: Plan, step: int, device: torch.device) -> Plan:
+    def with_windows(self, changes: Changes, step: int, device: torch.device) -> Changes:
         # New tensors for every layer, though shifts recur: torch.compile would make a new graph
         # for every pattern of layers that share one.
         windows = {
             (*block, index): shifted_windows(
-                plan.sizes.at(block), shift_quarters(self.seed, step, block, index), device
+                changes.sizes.at(block), shift_quarters(self.seed, step, block, index), device
             )
             for block in self.family.windowed
             for index in range(self.family.depth)
         }
-        return replace(plan, windows=windows)
+        return replace(changes, windows=windows)
 
 
-# ---- hooks: all of them read the plan from transformer_options, none of them keeps anything
+# ---- hooks: all of them read the changes from transformer_options, none of them keeps anything
 
 
-def install(plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
-    """transformer_options with the plan and the hooks that it needs; `options` stays as it is.
+def install(changes: Changes, options: dict[str, Any]) -> dict[str, Any]:
+    """transformer_options with the changes and the hooks that it needs; `options` stays as it is.
 
     Ours are the innermost of the attention hooks, so that what another node does to the tokens
     is undone in the right order.
@@ -204,15 +204,15 @@ def install(plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
         others = patches.get(name, [])
         patches[name] = [hook, *others] if first else [*others, hook]
 
-    if plan.rad:
+    if changes.rad:
         add("forward_timestep_embed_patch", (Downsample, _downsample), first=True)
-    if plan.pool:
+    if changes.pool:
         add("input_block_patch", _pool)
         add("output_block_patch", _unpool, first=True)
-    if plan.windows:
+    if changes.windows:
         add("attn1_patch", _split)
         add("attn1_output_patch", _join, first=True)
-    return {**options, "patches": patches, KEY: plan}
+    return {**options, "patches": patches, KEY: changes}
 
 
 def _downsample(layer, x, emb, context, options, *args):
@@ -221,8 +221,8 @@ def _downsample(layer, x, emb, context, options, *args):
     Its taps then lie on every other pixel of the input, and nowhere else: it is the unchanged
     down-sampler on that half of the rows and columns.
     """
-    plan = options[KEY]
-    if options["block"] == ("input", plan.family.rad):
+    changes = options[KEY]
+    if options["block"] == ("input", changes.family.rad):
         x = x[:, :, ::2, ::2]
     for kind, handler in options["patches"]["forward_timestep_embed_patch"]:
         if handler is not _downsample and isinstance(layer, kind):
@@ -303,7 +303,7 @@ def shifted_windows(size: Size, quarters: int, device: torch.device | None) -> S
     return ShiftedWindows(order, inverse.flatten())
 
 
-def fit_control(plan: Plan, control: dict[str, list] | None) -> dict[str, list] | None:
+def fit_control(changes: Changes, control: dict[str, list] | None) -> dict[str, list] | None:
     """ControlNet residuals in the sizes of the patched features; `control` stays as it is.
 
     ComfyUI drops a residual of another size and only logs it. It takes every list from its end:
@@ -313,9 +313,9 @@ def fit_control(plan: Plan, control: dict[str, list] | None) -> dict[str, list] 
         return None
     fitted = dict(control)
     for name, sizes in (
-        ("output", plan.sizes.skips[::-1]),
-        ("input", plan.sizes.inputs),
-        ("middle", [plan.sizes.middle]),
+        ("output", changes.sizes.skips[::-1]),
+        ("input", changes.sizes.inputs),
+        ("middle", [changes.sizes.middle]),
     ):
         fitted[name] = _fit_list(control.get(name, []), sizes)
     return fitted

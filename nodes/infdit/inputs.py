@@ -34,9 +34,9 @@ def colour_fix_input() -> io.Combo.Input:
         options=list(COLOUR_FIXES),
         default="none",
         optional=True,
-        tooltip="Takes colours from the picture that came in, over the whole picture. Wavelet takes"
+        tooltip="Takes colours from the input picture, over the whole picture. Wavelet takes"
         " everything coarser than about 32 pixels of the result, adain the mean and contrast of"
-        " red, green and blue, lab those of lightness and hue. None is right unless you see a"
+        " red, green and blue, lab of lightness and hue. None is right unless you see a"
         " colour cast.",
     )
 
@@ -68,7 +68,7 @@ def check_inputs(model, image: torch.Tensor, guidance: torch.Tensor | None) -> t
 
 
 def _own_guidance(model, image: torch.Tensor, size: int) -> torch.Tensor:
-    """Embeddings by the CLIP tower that came in the model's file."""
+    """Embeddings by the CLIP tower of the model's file."""
     clip = model.get_attachment(CLIP_ATTACHMENT)
     if clip is None:
         raise InfDiTError(

@@ -61,7 +61,7 @@ class InfDiTCheckpointLoader(io.ComfyNode):
                 io.Model.Output(tooltip="The upscaling model, for Inf-DiT Upscale or KSampler."),
                 Clip.Output(
                     display_name="INFDIT_CLIP",
-                    tooltip="The CLIP tower that came in the file, for Inf-DiT CLIP Guidance.",
+                    tooltip="The CLIP tower of the file, for Inf-DiT CLIP Guidance.",
                 ),
             ],
             search_aliases=["inf-dit", "infdit", "load upscaler", "upscale model"],

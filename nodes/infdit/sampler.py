@@ -93,7 +93,7 @@ class InfDiTSampler(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="Fidelity: how much noise is put on the enlarged picture at the start."
-                    " Less keeps closer to the picture that came in and takes as much fewer"
+                    " Less keeps closer to the input picture and takes as much fewer"
                     " evaluations. The useful range, measured with the bundled model, is 0.2 to"
                     " 0.6: below it is little but bicubic enlarging, above it nearly what 1 makes.",
                 ),
@@ -107,8 +107,8 @@ class InfDiTSampler(io.ComfyNode):
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="Noise levels in place of those of preset, steps and denoise: falling,"
-                    " from 40 for a whole run, to 0.",
+                    tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
+                    " from 40 for a whole run.",
                 ),
             ],
             outputs=picture_outputs(),

@@ -43,7 +43,7 @@ class InfDiTSchedule(io.ComfyNode):
                 io.Boolean.Input(
                     "tokens_on_cpu",
                     default=False,
-                    tooltip="Layer by layer only: the picture's tokens wait in main memory. Slower,"
+                    tooltip="Layer by layer only: the picture's tokens wait in RAM. Slower,"
                     " and saves 2.7 GB at 4096×4096 with the released model.",
                 ),
                 io.Float.Input(

@@ -100,11 +100,11 @@ def watch(model):
 
     def look(executor, x, *args, **kwargs):
         options = kwargs.get("transformer_options") or args[4]
-        plan = options["hidiffusion"]
-        order = {key: tuple(w.order.tolist()) for key, w in plan.windows.items()}
+        changes = options["hidiffusion"]
+        order = {key: tuple(w.order.tolist()) for key, w in changes.windows.items()}
         sigma = float(options["sigmas"][0])
         levels = tuple(options.get("sample_sigmas", torch.empty(0)).tolist())
-        seen.append((sigma, plan.rad, plan.pool, order, x.shape[0], levels))
+        seen.append((sigma, changes.rad, changes.pool, order, x.shape[0], levels))
         return executor(x, *args, **kwargs)
 
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", look)

@@ -36,15 +36,17 @@ def test_windows_are_rolled_quarters_and_come_back(hi, size, quarters):
 
 
 def test_residuals_take_the_size_of_the_features_they_meet(hi, rules):
-    plan = hi.Plan(rules.SDXL, rules.feature_sizes(rules.SDXL, (33, 47), True, True), True, True)
+    changes = hi.Changes(
+        rules.SDXL, rules.feature_sizes(rules.SDXL, (33, 47), True, True), True, True
+    )
     control = {
         "output": [None, *(torch.zeros(1, 1, 7, 7) for _ in range(8))],
         "middle": [torch.zeros(1, 1, 7, 7)],
         "input": [torch.zeros(1, 1, 7, 7) for _ in range(9)],
     }
-    fitted = hi.fit_control(plan, control)
+    fitted = hi.fit_control(changes, control)
     assert fitted["output"][0] is None
-    sizes = plan.sizes
+    sizes = changes.sizes
     for i in range(1, 9):
         assert fitted["output"][i].shape[-2:] == sizes.skips[i]
         # T2I adapters' lists are taken from the end as well, but along the input blocks.
@@ -52,20 +54,22 @@ def test_residuals_take_the_size_of_the_features_they_meet(hi, rules):
     assert fitted["middle"][0].shape[-2:] == sizes.middle
     assert control["middle"][0].shape[-1] == 7
     same = torch.zeros(1, 1, *sizes.middle)
-    assert hi.fit_control(plan, {"middle": [same]})["middle"][0] is same
+    assert hi.fit_control(changes, {"middle": [same]})["middle"][0] is same
 
 
 def test_core_drops_residuals_of_another_size(hi, rules, unets, caplog):
     """The reason for fitting them."""
-    plan = hi.Plan(rules.SDXL, rules.feature_sizes(rules.SDXL, (32, 32), True, False), True, False)
+    changes = hi.Changes(
+        rules.SDXL, rules.feature_sizes(rules.SDXL, (32, 32), True, False), True, False
+    )
     positive, _ = prompts()
     control = residuals(1, 32, 32)
-    for fitted, dropped in ((control, True), (hi.fit_control(plan, control), False)):
+    for fitted, dropped in ((control, True), (hi.fit_control(changes, control), False)):
         caplog.clear()
         with torch.no_grad():
             unets["sdxl"](
                 torch.zeros(1, 4, 32, 32), torch.tensor([1.0]), context=positive[0][0],
-                y=positive[0][1]["pooled_output"], transformer_options=hi.install(plan, {}),
+                y=positive[0][1]["pooled_output"], transformer_options=hi.install(changes, {}),
                 control={k: list(v) for k, v in fitted.items()},
             )  # fmt: skip
         assert ("control could not be applied" in caplog.text) is dropped

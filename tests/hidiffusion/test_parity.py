@@ -68,17 +68,17 @@ def evaluate(hi, rules, monkeypatch, unet, family, case, control=None):
     sigmas = torch.linspace(case["num_steps"], 0, case["num_steps"] + 1)
     patch = patch_of(hi, rules, family, case)
     options = {"sample_sigmas": sigmas}
-    plan = patch.plan(x, float(sigmas[case["step_index"]]), options, None)
-    assert (plan.rad, plan.pool) == (case["active"]["rad"], case["active"]["pool"])
-    assert set(plan.windows) == set(shifts)
+    changes = patch.changes(x, float(sigmas[case["step_index"]]), options, None)
+    assert (changes.rad, changes.pool) == (case["active"]["rad"], case["active"]["pool"])
+    assert set(changes.windows) == set(shifts)
     y = {"y": cond["y"][:b]} if "y" in cond else {}
     with torch.no_grad():
         return unet(
             x,
             torch.full((b,), case["timestep"]),
             context=cond["context"][:b],
-            control=hi.fit_control(plan, control),
-            transformer_options=hi.install(plan, options),
+            control=hi.fit_control(changes, control),
+            transformer_options=hi.install(changes, options),
             **y,
         )
 

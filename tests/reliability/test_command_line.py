@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on(model, folder, upscale, tmp_path, capsys):
     capsys.readouterr()
     assert upscale(folder, "-o", out) == 0
     said = capsys.readouterr().out
-    assert "a.png is there already; --overwrite makes it anew" in said
+    assert "a.png is there already; --overwrite replaces it" in said
     assert said.count(" -> ") == 2
     assert (out / "a.png").stat().st_mtime_ns == finished
     assert content(out) == content(whole)
@@ -173,7 +173,7 @@ def test_a_result_larger_than_the_memory_is_refused_before_any_work(
     assert upscale(folder / "a.png", "-o", tmp_path / "a.png") == 1
     said = capsys.readouterr().err
     assert said == (
-        "infdit: error: 48×36 px need at least 0 MB of main memory; 0 MB are free."
+        "infdit: error: 48×36 px need at least 0 MB of RAM; 0 MB are free."
         " Expected a smaller result or fewer pictures at a time\n"
     )
 

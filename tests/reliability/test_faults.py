@@ -218,7 +218,7 @@ def test_a_result_larger_than_the_memory_is_refused_before_any_work(
     monkeypatch.setattr(comfy.module("infdit_core.memory.host"), "available_bytes", lambda: 6e5)
     monkeypatch.setattr(comfy.module("infdit_core.upscale"), "prepare", None)
     monkeypatch.setattr(comfy.module("nodes.infdit.comfy_model"), "plans", None)
-    message = "128×64 px need at least 1 MB of main memory; 1 MB are free"
+    message = "128×64 px need at least 1 MB of RAM; 1 MB are free"
     with pytest.raises(ValueError, match=f"^Inf-DiT Upscale: {message}"):
         upscale(model, image, 4.0)
     many = image.expand(64, -1, -1, -1)

@@ -58,7 +58,7 @@ def test_a_picture_larger_than_the_memory_is_not_decoded(refused, monkeypatch, d
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1e9)
     monkeypatch.setattr(png16, "read", None)
     assert refused(png(9000, 9500, depth)) == (
-        "a.png is too large to read: 9000×9500 px need at least 1.0 GB of main memory; 1.0 GB are"
+        "a.png is too large to read: 9000×9500 px need at least 1.0 GB of RAM; 1.0 GB are"
         " free. Expected a smaller picture"
     )
 
