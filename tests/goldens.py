@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from infdit_core.checkpoints.checkpoint import network_state_dict, open_checkpoint, read_config
+from infdit_core.checkpoints.checkpoint import open_checkpoint
+from infdit_core.checkpoints.load import read_config
+from infdit_core.checkpoints.names import network_state_dict
 from infdit_core.network.condition import Condition
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from infdit_core.checkpoints.checkpoint import release_state_dict
+from infdit_core.checkpoints.names import release_state_dict
 from infdit_core.network.config import InfDiTConfig
 from training.train import STATE
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from infdit_core.blocks.schedules import Full
-from infdit_core.checkpoints.checkpoint import load_model
+from infdit_core.checkpoints.load import load_model
 from infdit_core.edm import edm_sigmas
 from infdit_core.network.condition import Condition
 from infdit_core.network.config import InfDiTConfig

@@ -18,15 +18,9 @@ import torch
 from torch import Tensor
 
 from ..network.config import InfDiTConfig
-from .checkpoint import (
-    CLIP_PREFIX,
-    SAFETENSORS_DTYPES,
-    Checkpoint,
-    CheckpointError,
-    check,
-    open_checkpoint,
-    read_config,
-)
+from .checkpoint import SAFETENSORS_DTYPES, Checkpoint, CheckpointError, open_checkpoint
+from .load import check, read_config
+from .names import CLIP_PREFIX
 
 FORMAT_VERSION = "1"
 TARGET_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

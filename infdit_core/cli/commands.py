@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
-from ..checkpoints.checkpoint import (
-    CLIP_PREFIX,
-    check,
-    clip_state_dict,
-    load_model,
-    open_checkpoint,
-    read_config,
-)
+from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.convert import convert
+from ..checkpoints.load import check, load_model, read_config
+from ..checkpoints.names import CLIP_PREFIX, clip_state_dict
 from ..clip import ClipGuide, read_clip
 from ..errors import InfDiTError
 from ..memory.adaptive import Adaptive, is_out_of_memory

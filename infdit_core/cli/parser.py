@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ..checkpoints.checkpoint import BUNDLED_FOLDER
+from ..checkpoints.load import BUNDLED_FOLDER
 from ..pictures.colour_fix import COLOUR_FIXES
 from ..sampling import PRESETS, SOLVERS
 from .commands import DTYPES, convert_file, inspect, plan_table, upscale

@@ -9,11 +9,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ...infdit_core.checkpoints.checkpoint import (
-    BUNDLED_FOLDER,
-    clip_state_dict,
-    open_checkpoint,
-)
+from ...infdit_core.checkpoints.checkpoint import open_checkpoint
+from ...infdit_core.checkpoints.load import BUNDLED_FOLDER
+from ...infdit_core.checkpoints.names import clip_state_dict
 from ...infdit_core.clip import read_clip
 from ..common import CATEGORY, Clip, named_errors, require
 from .clip import PatchedClip

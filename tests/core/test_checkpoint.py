@@ -11,17 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infdit_core.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check,
-    clip_state_dict,
-    load_model,
-    network_state_dict,
-    open_checkpoint,
-    read_config,
-    release_state_dict,
-)
+from infdit_core.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from infdit_core.checkpoints.load import check, load_model, read_config
+from infdit_core.checkpoints.names import clip_state_dict, network_state_dict, release_state_dict
 from infdit_core.checkpoints.pickle_reader import read_index
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
@@ -263,9 +255,9 @@ def _zip(**entries: bytes):
 
 
 BAD_FILES = {
-    "missing": ("a.pt", lambda path: None, "does not exist; expected an Inf-DiT"),
+    "missing": ("a.pt", lambda path: None, "does not exist; expected a .safetensors"),
     "folder": ("a.pt", Path.mkdir, "cannot be read"),
-    "empty": ("a.pt", _write(b""), r"is empty \(0 bytes\); expected an Inf-DiT"),
+    "empty": ("a.pt", _write(b""), r"is empty \(0 bytes\); expected a \.safetensors"),
     "empty safetensors": ("a.safetensors", _write(b""), "is empty"),
     "text": ("a.pt", _write("né à Zürich\n".encode() * 99), "is a text file that begins with 'né"),
     "web page": ("a.safetensors", _write(b"<!DOCTYPE html>\n"), "text file .* '<!DOCTYPE html>'"),

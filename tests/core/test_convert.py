@@ -14,13 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from infdit_core.checkpoints import convert as convert_module
-from infdit_core.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    load_model,
-    open_checkpoint,
-)
+from infdit_core.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from infdit_core.checkpoints.convert import convert
+from infdit_core.checkpoints.load import load_model
 from tests.goldens import save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -20,14 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
-from infdit_core.checkpoints.checkpoint import (
-    CheckpointError,
-    check,
-    load_model,
-    network_state_dict,
-    open_checkpoint,
-    read_config,
-)
+from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from infdit_core.checkpoints.load import check, load_model, read_config
+from infdit_core.checkpoints.names import network_state_dict
 from infdit_core.pictures.files import ImageError, read_image
 from tests.reliability import hostile, hostile_pictures
 
