@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..network.config import InfDiTConfig
-from .checkpoint import SAFETENSORS_DTYPES, Checkpoint, CheckpointError, open_checkpoint
+from ..whole_files import whole_file
+from .checkpoint import SAFETENSORS_DTYPES, CheckpointError, open_checkpoint
 from .load import check, read_config
 from .names import CLIP_PREFIX
 
@@ -54,7 +54,7 @@ def convert(
 ) -> ConvertReport:
     """Write the network and the CLIP tower of a checkpoint to a .safetensors file.
 
-    The target appears whole or not at all: it is written under a temporary name in its folder.
+    The target appears whole or not at all.
 
     Args:
         source: a file that `open_checkpoint` reads.
@@ -92,7 +92,14 @@ def convert(
             {key: (dtypes[key], checkpoint.shapes[key]) for key in kept}, metadata
         )
         _check_space(target, size)
-        _write(target, header, checkpoint, {key: dtypes[key] for key in kept})
+        try:
+            with whole_file(target, overwrite=overwrite) as file:
+                file.write(header)
+                for key in kept:
+                    tensor = _cast(key, checkpoint.tensor(key), dtypes[key])
+                    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
         dropped = [key for key in checkpoint.shapes if key not in dtypes]
     return ConvertReport(target, config, len(kept), size, dropped, unknown, sha256)
 
@@ -146,25 +153,6 @@ def _header(
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     return header, len(header) + end
-
-
-def _write(
-    target: Path, header: bytes, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype]
-) -> None:
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header)
-            for key, dtype in dtypes.items():
-                tensor = _cast(key, checkpoint.tensor(key), dtype)
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

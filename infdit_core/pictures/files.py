@@ -7,11 +7,9 @@ where it is grey.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from dataclasses import dataclass, field
-from glob import escape
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from torch import Tensor
 from ..errors import InfDiTError
 from ..memory.host import require_bytes
 from ..memory.planner import PlanError
+from ..whole_files import whole_file
 from . import png16, tiff
 from .metadata import Metadata, png_texts, read_metadata, save_options
 
@@ -154,11 +153,8 @@ def write_image(
     values = (image[0].cpu().float().clip(0, 1) * levels).round().numpy()
     kept = np.uint16 if bit_depth == 16 else np.uint8
     info = info or ImageInfo()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        for leftover in path.parent.glob(f".{escape(path.name)}.*.part"):  # of a killed process
-            leftover.unlink()
-        with temporary.open("wb") as file:
+        with whole_file(path, overwrite=overwrite) as file:
             if kind == "TIFF":
                 tiff.write(file, values.astype(kept), info.icc_profile, info.metadata)
             elif bit_depth == 16:
@@ -170,15 +166,8 @@ def write_image(
                 picture.save(encoded, format=kind, icc_profile=info.icc_profile, **options)
                 # Pillow itself overlooks a write that a full disk cuts short.
                 file.write(encoded.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # the name must not be on the disk before the pixels
-        if path.exists() and not overwrite:
-            raise FileExistsError("it has come into being meanwhile")
-        os.replace(temporary, path)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _require_memory(image: PILImage.Image) -> None:
