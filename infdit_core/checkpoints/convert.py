@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..network.config import InfDiTConfig
+from ..network.config import DTYPES, InfDiTConfig
 from ..whole_files import whole_file
 from .checkpoint import SAFETENSORS_DTYPES, CheckpointError, open_checkpoint
 from .load import check, read_config
 from .names import CLIP_PREFIX
 
 FORMAT_VERSION = "1"
-TARGET_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _READ_BYTES = 2**20
 
@@ -59,7 +58,7 @@ def convert(
     Args:
         source: a file that `open_checkpoint` reads.
         target: ends in .safetensors.
-        dtype: of the floating-point tensors written, one of TARGET_DTYPES; None keeps theirs.
+        dtype: of the floating-point tensors written, one of DTYPES; None keeps theirs.
         overwrite: whether an existing target may be replaced.
 
     Raises:
@@ -67,8 +66,8 @@ def convert(
             too small, or a value does not fit the dtype.
         ValueError: another dtype.
     """
-    if dtype not in (None, *TARGET_DTYPES):
-        raise ValueError(f"dtype: expected None or one of {TARGET_DTYPES}, got {dtype}")
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype: expected None or one of {(*DTYPES.values(),)}, got {dtype}")
     source, target = Path(source), Path(target)
     with open_checkpoint(source) as checkpoint:
         config = read_config(checkpoint)

@@ -23,6 +23,7 @@ from ..memory.adaptive import Adaptive, is_out_of_memory
 from ..memory.host import require_memory
 from ..memory.planner import describe, evaluation_flop, gigabytes, plans
 from ..network.condition import Condition
+from ..network.config import DTYPES
 from ..network.fp8 import use_fp8
 from ..network.model import InfDiT
 from ..network.residual_cache import ResidualCache
@@ -31,8 +32,6 @@ from ..pictures.files import check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, prepare, target_size
 from ..sampling import PRESETS, Preset, Step, sample
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class UsageError(Exception):

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ADALN = "mixins.adaln_layer."
@@ -17,28 +19,30 @@ LR_SCALE = 4
 """The low-resolution picture is the target divided by this."""
 _LR_PATCH = 2
 """`proj_lr` makes one token of this many LR pixels in each direction."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats of weights and computation, by the names that users choose from."""
 
 
 @dataclass(frozen=True)
 class InfDiTConfig:
-    """Everything that fixes the network. Sizes of the released model in brackets."""
+    """Everything that fixes the network; `RELEASED` is that of the released model."""
 
     hidden_size: int
-    """Width of the residual stream [1280]."""
+    """Width of the residual stream."""
     num_layers: int
-    """Transformer layers [28]."""
+    """Transformer layers."""
     num_heads: int
-    """Attention heads [16]; the head size is `hidden_size / num_heads` [80]."""
+    """Attention heads; the head size is `hidden_size / num_heads`."""
     patch_size: int
-    """Side in pixels of the square that becomes one token [4]."""
+    """Side in pixels of the square that becomes one token."""
     block_patches: int
-    """Side in patches of an attention block [32]."""
+    """Side in patches of an attention block."""
     mlp_size: int
-    """Hidden width of the MLP [5120]."""
+    """Hidden width of the MLP."""
     vector_size: int = 768
-    """Length of the CLIP embedding [768]; 0 for a model without `cond_embed`."""
+    """Length of the CLIP embedding; 0 for a model without `cond_embed`."""
     time_features: int = 192
-    """Sine and cosine features of the noise level [192]."""
+    """Sine and cosine features of the noise level."""
     rope_wrap: int = 0
     """Rotary positions are taken modulo this many patches; 0 for true positions.
 
@@ -52,7 +56,7 @@ class InfDiTConfig:
 
     @property
     def block_px(self) -> int:
-        """Side of a block in pixels [128]: picture sides must be multiples of it."""
+        """Side of a block in pixels: picture sides must be multiples of it."""
         return self.block_patches * self.patch_size
 
     @property
@@ -61,12 +65,12 @@ class InfDiTConfig:
 
     @property
     def lr_block(self) -> int:
-        """Side in LR tokens of what one block covers [16]."""
+        """Side in LR tokens of what one block covers."""
         return self.block_px // (LR_SCALE * _LR_PATCH)
 
     @property
     def lr_window(self) -> int:
-        """Side in LR tokens of the 3×3-block window that one block sees [48]."""
+        """Side in LR tokens of the 3×3-block window that one block sees."""
         return 3 * self.lr_block
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -152,6 +156,16 @@ class InfDiTConfig:
             raise ValueError(f"block of {self.block_px} px is not a multiple of 8 px")
         if self.time_features % 2:
             raise ValueError(f"{self.time_features} time features: must be even")
+
+
+RELEASED = InfDiTConfig(
+    hidden_size=1280,
+    num_layers=28,
+    num_heads=16,
+    patch_size=4,
+    block_patches=32,
+    mlp_size=5120,
+)
 
 
 def _shape(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:

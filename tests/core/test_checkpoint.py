@@ -15,7 +15,7 @@ from infdit_core.checkpoints.checkpoint import Checkpoint, CheckpointError, open
 from infdit_core.checkpoints.load import check, load_model, read_config
 from infdit_core.checkpoints.names import clip_state_dict, network_state_dict, release_state_dict
 from infdit_core.checkpoints.pickle_reader import read_index
-from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.config import RELEASED, InfDiTConfig
 from infdit_core.network.model import InfDiT
 from tests.goldens import golden_names, golden_path, save_bf16_run
 
@@ -29,14 +29,6 @@ XS = InfDiTConfig(
     block_patches=8,
     mlp_size=256,
     vector_size=16,
-)
-RELEASED = InfDiTConfig(
-    hidden_size=1280,
-    num_layers=28,
-    num_heads=16,
-    patch_size=4,
-    block_patches=32,
-    mlp_size=5120,
 )
 
 
