@@ -20,7 +20,7 @@ from ..network.config import DTYPES, InfDiTConfig
 from ..whole_files import whole_file
 from .checkpoint import SAFETENSORS_DTYPES, CheckpointError, open_checkpoint
 from .load import check, read_config
-from .names import CLIP_PREFIX
+from .names import CLIP_PREFIX, release_shapes
 
 FORMAT_VERSION = "1"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -73,7 +73,7 @@ def convert(
         config = read_config(checkpoint)
         unknown = check(checkpoint, config)
         _check_target(source, target, overwrite)
-        needed = config.parameter_shapes()
+        needed = release_shapes(config)
         kept = [key for key in checkpoint.shapes if key in needed or key.startswith(CLIP_PREFIX)]
         dtypes = {key: _target_dtype(checkpoint.dtypes[key], dtype) for key in kept}
         # Widest first keeps every tensor aligned.

@@ -1,7 +1,7 @@
 """Inf-DiT checkpoints: checked strictly and loaded.
 
 The release's network loads with `strict=False`, and missing weights then give pure noise without
-a word. Here every tensor of `InfDiTConfig.parameter_shapes` must be there with its shape.
+a word. Here every tensor of `release_shapes` must be there with its shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..network.config import InfDiTConfig
 from ..network.model import InfDiT
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .foreign import describe_tensors
-from .names import is_known_extra, network_state_dict
+from .names import is_known_extra, network_state_dict, release_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def read_config(checkpoint: Checkpoint) -> InfDiTConfig:
     if "mixins.patch_embed.proj.weight" not in shapes:
         raise CheckpointError(f"{name} {describe_tensors(shapes)}; {EXPECTED}")
     try:
-        config = InfDiTConfig.from_shapes(shapes)
+        return InfDiTConfig.from_shapes(shapes)
     except KeyError as error:
         raise CheckpointError(
             f"{name} has no tensor {error.args[0]}, which every Inf-DiT checkpoint has; "
@@ -46,11 +46,6 @@ def read_config(checkpoint: Checkpoint) -> InfDiTConfig:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{name} is not a usable Inf-DiT checkpoint: {error}") from error
-    if config.num_layers > len(shapes):
-        raise CheckpointError(
-            f"{name} claims {config.num_layers} layers with {len(shapes)} tensors in all"
-        )
-    return config
 
 
 def check(checkpoint: Checkpoint, config: InfDiTConfig) -> list[str]:
@@ -59,7 +54,7 @@ def check(checkpoint: Checkpoint, config: InfDiTConfig) -> list[str]:
     Raises:
         CheckpointError: tensors are missing, or have another shape or an integer dtype. Lists them.
     """
-    needed = config.parameter_shapes()
+    needed = release_shapes(config)
     faults = []
     for key, expected in needed.items():
         if key not in checkpoint.shapes:

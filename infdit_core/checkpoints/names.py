@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..network.config import InfDiTConfig
+from ..network.shapes import parameter_shapes
 from .checkpoint import Checkpoint
 
 CLIP_PREFIX = "image_encoder."
@@ -57,6 +57,17 @@ def is_known_extra(key: str) -> bool:
     return key.startswith(CLIP_PREFIX) or _UNUSED.fullmatch(key) is not None
 
 
+def release_shapes(config: InfDiTConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the network needs, under the release's names."""
+    ours = parameter_shapes(config)
+    shapes = {key: ours[name] for key, name in _renames(config).items()}
+    shapes[_SEGMENTS] = (config.num_layers, *ours[_segment_name(0)])
+    for leaf, keys in _modulation_keys(config).items():
+        rows, *columns = ours[f"modulations.{leaf}"]
+        shapes.update(dict.fromkeys(keys, (rows // config.num_layers, *columns)))
+    return shapes
+
+
 def network_state_dict(checkpoint: Checkpoint, config: InfDiTConfig) -> dict[str, Tensor]:
     """The tensors of the network under the names of `InfDiT`; reads nothing else of the file."""
     state = {ours: checkpoint.tensor(key) for key, ours in _renames(config).items()}
@@ -86,17 +97,18 @@ def clip_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
 
 def _renames(config: InfDiTConfig) -> dict[str, str]:
     """The release's key to ours, for every tensor that has one counterpart."""
-    modules = {
-        release.format(n=n): ours.format(n=n)
-        for release, ours in MODULE_NAMES.items()
+    release = {
+        ours.format(n=n): theirs.format(n=n)
+        for theirs, ours in MODULE_NAMES.items()
         for n in range(config.num_layers)
     }
-    several = {_SEGMENTS, *chain.from_iterable(_modulation_keys(config).values())}
     renames = {}
-    for key in config.parameter_shapes():
-        module, _, leaf = key.rpartition(".")
-        if key not in several:
-            renames[key] = modules[key] if key in modules else f"{modules[module]}.{leaf}"
+    for name in parameter_shapes(config):
+        module, _, leaf = name.rpartition(".")
+        if name in release:
+            renames[release[name]] = name
+        elif module in release:
+            renames[f"{release[module]}.{leaf}"] = name
     return renames
 
 

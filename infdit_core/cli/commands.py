@@ -16,7 +16,7 @@ from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.convert import convert
 from ..checkpoints.load import check, load_model, read_config
-from ..checkpoints.names import CLIP_PREFIX, clip_state_dict
+from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
 from ..errors import InfDiTError
 from ..memory.adaptive import Adaptive, is_out_of_memory
@@ -201,7 +201,7 @@ def inspect(args: argparse.Namespace) -> int:
     with open_checkpoint(args.file) as checkpoint:
         config = read_config(checkpoint)
         unknown = check(checkpoint, config)
-        shapes = config.parameter_shapes()
+        shapes = release_shapes(config)
         count = sum(torch.Size(shape).numel() for shape in shapes.values())
         dtypes = Counter(str(checkpoint.dtypes[key]).removeprefix("torch.") for key in shapes)
         clip = CLIP_PREFIX + "model."

@@ -21,6 +21,7 @@ from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE, InfDiTConfig
 from ..network.model import Evaluation, InfDiT
+from ..network.shapes import parameter_shapes
 from ..network.streaming import resident_parameters
 from .live_bytes import LiveBytes
 
@@ -193,7 +194,7 @@ def evaluation_bytes(
 
 def weight_bytes(config: InfDiTConfig, dtype: torch.dtype) -> int:
     """Bytes of the network's parameters."""
-    return sum(math.prod(s) for s in config.parameter_shapes().values()) * dtype.itemsize
+    return sum(math.prod(s) for s in parameter_shapes(config).values()) * dtype.itemsize
 
 
 def streamed_weight_bytes(config: InfDiTConfig, dtype: torch.dtype) -> int:

@@ -19,6 +19,8 @@ LR_SCALE = 4
 """The low-resolution picture is the target divided by this."""
 _LR_PATCH = 2
 """`proj_lr` makes one token of this many LR pixels in each direction."""
+_MAX_LAYERS, _MAX_SIZE = 256, 2**16
+"""A file that claims more is damaged or hostile; building such a network would never end."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Number formats of weights and computation, by the names that users choose from."""
 
@@ -73,48 +75,6 @@ class InfDiTConfig:
         """Side in LR tokens of the 3×3-block window that one block sees."""
         return 3 * self.lr_block
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the network needs, under the release's key names."""
-        h, d, heads, p = self.hidden_size, self.head_dim, self.num_heads, self.patch_size
-        shapes: dict[str, tuple[int, ...]] = {}
-
-        def linear(key: str, out_features: int, in_features: int) -> None:
-            shapes[f"{key}.weight"] = (out_features, in_features)
-            shapes[f"{key}.bias"] = (out_features,)
-
-        def norm(key: str, features: int) -> None:
-            shapes[f"{key}.weight"] = shapes[f"{key}.bias"] = (features,)
-
-        shapes["mixins.patch_embed.proj.weight"] = (h, 6, p, p)
-        shapes["mixins.patch_embed.proj.bias"] = (h,)
-        linear("time_embed.mlp.0", h, self.time_features)
-        linear("time_embed.mlp.2", h, h)
-        if self.vector_size:
-            linear("cond_embed.map_vector.0", h, self.vector_size)
-            linear("cond_embed.map_vector.2", h, h)
-        for n in range(self.num_layers):
-            layer = f"transformer.layers.{n}."
-            linear(layer + "attention.query_key_value", 3 * h, h)
-            linear(layer + "attention.dense", h, h)
-            linear(layer + "mlp.dense_h_to_4h", self.mlp_size, h)
-            linear(layer + "mlp.dense_4h_to_h", h, self.mlp_size)
-            linear(f"{_ADALN}adaLN_modulations.{n}.1", 4 * h, h)
-            norm(f"{_ADALN}q_layer_norm.{n}", d)
-        shapes[_ADALN + "re_pos_embed"] = (self.num_layers, 4, heads, d)
-        shapes[_ADALN + "proj_lr.weight"] = (h, 3, _LR_PATCH, _LR_PATCH)
-        shapes[_ADALN + "proj_lr.bias"] = (h,)
-        linear(_ADALN + "cross_attention.query", h, h)
-        linear(_ADALN + "cross_attention.key_value", 2 * h, h)
-        linear(_ADALN + "cross_attention.dense", h, h)
-        norm(_ADALN + "post_cross_attention_layernorm", h)
-        shapes[_ADALN + "lr_query_position_embedding"] = (1, self.block_tokens, heads, d)
-        shapes[_ADALN + "lr_key_position_embedding"] = (1, self.lr_window**2, heads, d)
-        norm(_ADALN + "cross_q_ln", d)
-        norm(_ADALN + "cross_k_ln", d)
-        linear("mixins.final_layer.adaLN_modulation.1", 2 * h, h)
-        linear("mixins.final_layer.linear", 3 * p * p, h)
-        return shapes
-
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> InfDiTConfig:
         """Read the hyper-parameters from the shapes of a state dict with the release's keys.
@@ -144,15 +104,23 @@ class InfDiTConfig:
 
     def validate(self) -> None:
         """Raise ValueError where the sizes cannot belong to one network."""
-        if min(self.hidden_size, self.num_layers, self.num_heads, self.patch_size) < 1:
+        sizes = (
+            self.hidden_size, self.num_heads, self.patch_size, self.block_px, self.mlp_size,
+            self.time_features,
+        )  # fmt: skip
+        if min(*sizes, self.num_layers) < 1:
             raise ValueError(f"sizes must be positive, got {self}")
+        if max(*sizes, self.vector_size) > _MAX_SIZE or self.num_layers > _MAX_LAYERS:
+            raise ValueError(
+                f"expected at most {_MAX_LAYERS} layers and sizes up to {_MAX_SIZE}, got {self}"
+            )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads"
             )
         if self.head_dim % 4:
             raise ValueError(f"head size {self.head_dim} is not a multiple of 4 (2-D rotary)")
-        if self.block_px < 1 or self.block_px % (LR_SCALE * _LR_PATCH):
+        if self.block_px % (LR_SCALE * _LR_PATCH):
             raise ValueError(f"block of {self.block_px} px is not a multiple of 8 px")
         if self.time_features % 2:
             raise ValueError(f"{self.time_features} time features: must be even")
