@@ -1,8 +1,7 @@
 """Picture files in and out, for the command line.
 
-Pillow does the formats, but for PNG with 16 bits per channel (`png16`), of which it keeps eight
-where there is colour, and for writing TIFF (`tiff`). TIFF with 16 bits per channel is read in full
-where it is grey.
+Pillow does the formats, but for PNG with 16 bits per channel (`png16`) and for writing TIFF
+(`tiff`). TIFF with 16 bits per channel is read in full where it is grey.
 """
 
 from __future__ import annotations
@@ -80,13 +79,13 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     try:
         with pillow.open(path, formats=_READ_BY_PILLOW) as image:
             _require_memory(image)
-            with path.open("rb") as file:
-                pixels = png16.read(file)
             image.load()
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             profile = image.info.get("icc_profile")
             metadata = read_metadata(image)
-            if pixels is None:
+            if png16.is_png16(path):
+                pixels = png16.read(path, image.info.get("transparency"))
+            else:
                 pixels = _pixels(image)
         values = _values(_upright(pixels, orientation))
     except FileNotFoundError:
@@ -179,7 +178,7 @@ def _require_memory(image: PILImage.Image) -> None:
 
 def _pixels(image: PILImage.Image) -> np.ndarray:
     """(H, W, C) uint8 or uint16."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16"):
         return np.array(image).astype(np.uint16)[..., None]
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; expected 8 or 16")

@@ -162,8 +162,9 @@ def warm_up(folder: Path) -> None:
     ):
         (folder / name).write_bytes(whole)
         load(folder / name)
-    for i in range(100):
-        (folder / "a.png").write_bytes(hostile_pictures.picture(Random(-1 - i))[1])
+    damaged = (hostile_pictures.picture(Random(-1 - i))[1] for i in range(100))
+    for data in (*hostile_pictures.pictures().values(), *damaged):
+        (folder / "a.png").write_bytes(data)
         with suppress(ImageError):
             read_image(folder / "a.png")
 
