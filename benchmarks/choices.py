@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, load_model
-from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
+from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.memory.planner import plan
 from infdit_core.network.condition import Condition
 from infdit_core.network.fp8 import use_fp8

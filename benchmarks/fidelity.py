@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, LayerMajor, load_model, prepare, sample
-from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
+from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.pictures.colour_fix import COLOUR_FIXES, fix_colours
 from infdit_core.sampling import PRESETS
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from infdit_core import PRESETS, InfDiT, load_model, plan, prepare, sample
-from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
+from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.sampling import SOLVERS, Preset
 
 from .evaluation import DTYPES, RESULTS, environment

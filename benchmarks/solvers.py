@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, LayerMajor, edm_sigmas, load_model
-from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
+from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.edm import SIGMA_MAX, SIGMA_MIN
 from infdit_core.network.run import Run as Kept
 from infdit_core.sampling import SOLVERS

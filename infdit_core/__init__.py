@@ -4,7 +4,8 @@ The names below are the public interface; they do not change without a major ver
 """
 
 from .blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
-from .checkpoints.checkpoint import CheckpointError, load_model
+from .checkpoints.checkpoint import CheckpointError
+from .checkpoints.load import load_model
 from .edm import edm_sigmas
 from .errors import InfDiTError
 from .memory.planner import PlanError, plan

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoints.checkpoint import clip_state_dict, open_checkpoint
+from .checkpoints.checkpoint import open_checkpoint
+from .checkpoints.names import clip_state_dict
 from .errors import InfDiTError
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from infdit_core.checkpoints.checkpoint import network_state_dict, open_checkpoint, read_config
+from infdit_core.checkpoints.checkpoint import open_checkpoint
+from infdit_core.checkpoints.load import read_config
+from infdit_core.checkpoints.names import network_state_dict, release_shapes
 from infdit_core.network.condition import Condition
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
@@ -73,7 +75,7 @@ def random_tensors(config: InfDiTConfig, seed: int = 0) -> dict[str, torch.Tenso
     """Weights of a network under the release's keys that is neither trained nor trivial."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for key, shape in config.parameter_shapes().items():
+    for key, shape in release_shapes(config).items():
         scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
         one = 1.0 if "norm" in key or "_ln." in key else 0.0
         offset = one if key.endswith("weight") else 0.0

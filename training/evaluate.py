@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infdit_core.checkpoints.checkpoint import load_model
+from infdit_core.checkpoints.load import load_model
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
 from training.data import Photos, condition, reduce_bicubic

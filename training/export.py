@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from infdit_core.checkpoints.checkpoint import release_state_dict
+from infdit_core.checkpoints.names import release_state_dict
 from infdit_core.network.config import InfDiTConfig
+from infdit_core.whole_files import whole_file
 from training.train import STATE
 
 
@@ -43,7 +44,8 @@ def export(run: Path, out: Path, commit: str | None = None) -> None:
         "infdit.commit": commit or _head(),
         "license": "Apache-2.0",
     }
-    save_file({k: v.bfloat16().contiguous() for k, v in weights.items()}, out, metadata)
+    with whole_file(out) as file:
+        file.write(save({k: v.bfloat16().contiguous() for k, v in weights.items()}, metadata))
 
 
 def _head() -> str:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from infdit_core.network.config import LR_SCALE
+from infdit_core.whole_files import whole_file
 from training.data import condition, local_variance, reduce_bicubic
 
 LIST = Path(__file__).with_name("photos.tsv")
@@ -88,7 +89,8 @@ def save(path: Path, picture: Image.Image, reduction: float) -> None:
     if (found := hidden(pixels)) > HIDDEN:
         logger.info("skipped %s: a pattern of %.0f levels", path.stem, found / LEVEL)
         return
-    np.save(path, pixels)
+    with whole_file(path) as file:
+        np.save(file, pixels)
 
 
 def hidden(pixels: np.ndarray) -> float:

@@ -11,7 +11,6 @@ import csv
 import json
 import logging
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -24,12 +23,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from infdit_core.blocks.schedules import Full
-from infdit_core.checkpoints.checkpoint import load_model
+from infdit_core.checkpoints.load import load_model
 from infdit_core.edm import edm_sigmas
 from infdit_core.network.condition import Condition
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
 from infdit_core.sampling import sample
+from infdit_core.whole_files import whole_file
 from training.data import Photos, condition, reduce_bicubic
 from training.degrade import reduce_realistic
 from training.initial import initialise, look_at_input
@@ -210,7 +210,7 @@ class Trainer:
         return model.requires_grad_(False).eval()
 
     def save(self, path: Path) -> None:
-        """Write the whole state under a temporary name, then rename."""
+        """Write the whole state: a run that is killed here keeps the last one."""
         state = {
             "settings": asdict(self.settings),
             "config": asdict(self.config),
@@ -221,9 +221,8 @@ class Trainer:
             "numpy": json.dumps(self.numpy.bit_generator.state),
             "torch": self.torch.get_state(),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)

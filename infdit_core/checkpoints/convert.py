@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 from dataclasses import asdict, dataclass
@@ -17,19 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..network.config import InfDiTConfig
-from .checkpoint import (
-    CLIP_PREFIX,
-    SAFETENSORS_DTYPES,
-    Checkpoint,
-    CheckpointError,
-    check,
-    open_checkpoint,
-    read_config,
-)
+from ..network.config import DTYPES, InfDiTConfig
+from ..whole_files import whole_file
+from .checkpoint import SAFETENSORS_DTYPES, CheckpointError, open_checkpoint
+from .load import check, read_config
+from .names import CLIP_PREFIX, release_shapes
 
 FORMAT_VERSION = "1"
-TARGET_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _READ_BYTES = 2**20
 
@@ -60,12 +53,12 @@ def convert(
 ) -> ConvertReport:
     """Write the network and the CLIP tower of a checkpoint to a .safetensors file.
 
-    The target appears whole or not at all: it is written under a temporary name in its folder.
+    The target appears whole or not at all.
 
     Args:
         source: a file that `open_checkpoint` reads.
         target: ends in .safetensors.
-        dtype: of the floating-point tensors written, one of TARGET_DTYPES; None keeps theirs.
+        dtype: of the floating-point tensors written, one of DTYPES; None keeps theirs.
         overwrite: whether an existing target may be replaced.
 
     Raises:
@@ -73,14 +66,14 @@ def convert(
             too small, or a value does not fit the dtype.
         ValueError: another dtype.
     """
-    if dtype not in (None, *TARGET_DTYPES):
-        raise ValueError(f"dtype: expected None or one of {TARGET_DTYPES}, got {dtype}")
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype: expected None or one of {(*DTYPES.values(),)}, got {dtype}")
     source, target = Path(source), Path(target)
     with open_checkpoint(source) as checkpoint:
         config = read_config(checkpoint)
         unknown = check(checkpoint, config)
         _check_target(source, target, overwrite)
-        needed = config.parameter_shapes()
+        needed = release_shapes(config)
         kept = [key for key in checkpoint.shapes if key in needed or key.startswith(CLIP_PREFIX)]
         dtypes = {key: _target_dtype(checkpoint.dtypes[key], dtype) for key in kept}
         # Widest first keeps every tensor aligned.
@@ -98,7 +91,14 @@ def convert(
             {key: (dtypes[key], checkpoint.shapes[key]) for key in kept}, metadata
         )
         _check_space(target, size)
-        _write(target, header, checkpoint, {key: dtypes[key] for key in kept})
+        try:
+            with whole_file(target, overwrite=overwrite) as file:
+                file.write(header)
+                for key in kept:
+                    tensor = _cast(key, checkpoint.tensor(key), dtypes[key])
+                    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
         dropped = [key for key in checkpoint.shapes if key not in dtypes]
     return ConvertReport(target, config, len(kept), size, dropped, unknown, sha256)
 
@@ -152,25 +152,6 @@ def _header(
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     return header, len(header) + end
-
-
-def _write(
-    target: Path, header: bytes, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype]
-) -> None:
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header)
-            for key, dtype in dtypes.items():
-                tensor = _cast(key, checkpoint.tensor(key), dtype)
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,19 +12,15 @@ from pathlib import Path
 import torch
 
 from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
-from ..checkpoints.checkpoint import (
-    CLIP_PREFIX,
-    check,
-    clip_state_dict,
-    load_model,
-    open_checkpoint,
-    read_config,
-)
+from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.convert import convert
+from ..checkpoints.load import check, load_model, read_config
+from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
 from ..errors import InfDiTError
 from ..memory.adaptive import is_out_of_memory
 from ..memory.planner import Workload, evaluation_flop, gigabytes, plans
+from ..network.config import DTYPES
 from ..network.fp8 import use_fp8
 from ..network.model import InfDiT
 from ..pictures.files import check_writable, read_image, write_image
@@ -33,8 +29,6 @@ from ..sampling import PRESETS, Preset
 from ..upscale import Sampler, upscale
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
 from .progress import Progress
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class UsageError(Exception):
@@ -149,7 +143,7 @@ def inspect(args: argparse.Namespace) -> int:
     with open_checkpoint(args.file) as checkpoint:
         config = read_config(checkpoint)
         unknown = check(checkpoint, config)
-        shapes = config.parameter_shapes()
+        shapes = release_shapes(config)
         count = sum(torch.Size(shape).numel() for shape in shapes.values())
         dtypes = Counter(str(checkpoint.dtypes[key]).removeprefix("torch.") for key in shapes)
         clip = CLIP_PREFIX + "model."

@@ -6,10 +6,11 @@ import argparse
 import re
 from pathlib import Path
 
-from ..checkpoints.checkpoint import BUNDLED_FOLDER
+from ..checkpoints.load import BUNDLED_FOLDER
+from ..network.config import DTYPES
 from ..pictures.colour_fix import COLOUR_FIXES
 from ..sampling import PRESETS, SOLVERS
-from .commands import DTYPES, convert_file, inspect, plan_table, upscale_files
+from .commands import convert_file, inspect, plan_table, upscale_files
 
 _BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
 _MAX_SEED = 2**64 - 1

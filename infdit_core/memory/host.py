@@ -17,7 +17,6 @@ _PICTURE_BYTES_PER_PX = 3 * 4
 _PREPARED_PICTURES = 3
 """On the host whatever the device: the prepared picture, the noise and the samples."""
 
-_MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -59,12 +58,24 @@ def require_bytes(needed: float, what: str, expected: str) -> None:
 
 def available_bytes() -> float:
     """RAM and swap that can be had now, in a container its share; infinite if unknown."""
-    if not _MEMINFO.exists():
-        return _by_psutil()
-    lines = (line.split() for line in _MEMINFO.read_text().splitlines())
-    kib = {name.rstrip(":"): int(value) for name, value, *_ in lines}
-    free = 1024.0 * (kib.get("MemAvailable", kib["MemFree"]) + kib["SwapFree"])
-    return min(free, _container_bytes())
+    return min(_system_bytes(), _container_bytes())
+
+
+def _system_bytes() -> float:
+    try:
+        import psutil  # ComfyUI needs it; the command line works without
+    except ImportError:
+        return _linux_bytes()
+    return psutil.virtual_memory().available + psutil.swap_memory().free
+
+
+def _linux_bytes() -> float:
+    try:
+        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return math.inf
+    kib = {name: int(value) for name, value, *_ in rows}
+    return 1024.0 * (kib["MemAvailable:"] + kib["SwapFree:"])
 
 
 def _container_bytes() -> float:
@@ -79,11 +90,3 @@ def _container_bytes() -> float:
     if limit == "max":
         return math.inf
     return int(limit) - used + stat.get("inactive_file", 0) + stat.get("active_file", 0)
-
-
-def _by_psutil() -> float:
-    try:
-        import psutil  # ComfyUI needs it; the command line works without
-    except ImportError:
-        return math.inf
-    return psutil.virtual_memory().available + psutil.swap_memory().free

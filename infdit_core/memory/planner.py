@@ -21,6 +21,7 @@ from ..network.condition import Condition
 from ..network.config import LR_SCALE, InfDiTConfig
 from ..network.model import InfDiT
 from ..network.run import Run
+from ..network.shapes import parameter_shapes
 from ..network.streaming import resident_parameters
 from .live_bytes import LiveBytes
 
@@ -175,7 +176,7 @@ def evaluation_bytes(work: Workload, schedule: Schedule) -> int:
 def weight_bytes(config: InfDiTConfig, dtype: torch.dtype, *, streamed: bool = False) -> int:
     """Bytes of the network's parameters; of those on the device where layers come one at a time."""
     if not streamed:
-        return sum(math.prod(s) for s in config.parameter_shapes().values()) * dtype.itemsize
+        return sum(math.prod(s) for s in parameter_shapes(config).values()) * dtype.itemsize
     net = InfDiT(config, dtype=dtype, device="meta")
     return sum(p.nbytes for p in [*resident_parameters(net), *net.layers[0].parameters()])
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ADALN = "mixins.adaln_layer."
@@ -17,28 +19,32 @@ LR_SCALE = 4
 """The low-resolution picture is the target divided by this."""
 _LR_PATCH = 2
 """`proj_lr` makes one token of this many LR pixels in each direction."""
+_MAX_LAYERS, _MAX_SIZE = 256, 2**16
+"""A file that claims more is damaged or hostile; building such a network would never end."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats of weights and computation, by the names that users choose from."""
 
 
 @dataclass(frozen=True)
 class InfDiTConfig:
-    """Everything that fixes the network. Sizes of the released model in brackets."""
+    """Everything that fixes the network; `RELEASED` is that of the released model."""
 
     hidden_size: int
-    """Width of the residual stream [1280]."""
+    """Width of the residual stream."""
     num_layers: int
-    """Transformer layers [28]."""
+    """Transformer layers."""
     num_heads: int
-    """Attention heads [16]; the head size is `hidden_size / num_heads` [80]."""
+    """Attention heads; the head size is `hidden_size / num_heads`."""
     patch_size: int
-    """Side in pixels of the square that becomes one token [4]."""
+    """Side in pixels of the square that becomes one token."""
     block_patches: int
-    """Side in patches of an attention block [32]."""
+    """Side in patches of an attention block."""
     mlp_size: int
-    """Hidden width of the MLP [5120]."""
+    """Hidden width of the MLP."""
     vector_size: int = 768
-    """Length of the CLIP embedding [768]; 0 for a model without `cond_embed`."""
+    """Length of the CLIP embedding; 0 for a model without `cond_embed`."""
     time_features: int = 192
-    """Sine and cosine features of the noise level [192]."""
+    """Sine and cosine features of the noise level."""
     rope_wrap: int = 0
     """Rotary positions are taken modulo this many patches; 0 for true positions.
 
@@ -52,7 +58,7 @@ class InfDiTConfig:
 
     @property
     def block_px(self) -> int:
-        """Side of a block in pixels [128]: picture sides must be multiples of it."""
+        """Side of a block in pixels: picture sides must be multiples of it."""
         return self.block_patches * self.patch_size
 
     @property
@@ -61,55 +67,13 @@ class InfDiTConfig:
 
     @property
     def lr_block(self) -> int:
-        """Side in LR tokens of what one block covers [16]."""
+        """Side in LR tokens of what one block covers."""
         return self.block_px // (LR_SCALE * _LR_PATCH)
 
     @property
     def lr_window(self) -> int:
-        """Side in LR tokens of the 3×3-block window that one block sees [48]."""
+        """Side in LR tokens of the 3×3-block window that one block sees."""
         return 3 * self.lr_block
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the network needs, under the release's key names."""
-        h, d, heads, p = self.hidden_size, self.head_dim, self.num_heads, self.patch_size
-        shapes: dict[str, tuple[int, ...]] = {}
-
-        def linear(key: str, out_features: int, in_features: int) -> None:
-            shapes[f"{key}.weight"] = (out_features, in_features)
-            shapes[f"{key}.bias"] = (out_features,)
-
-        def norm(key: str, features: int) -> None:
-            shapes[f"{key}.weight"] = shapes[f"{key}.bias"] = (features,)
-
-        shapes["mixins.patch_embed.proj.weight"] = (h, 6, p, p)
-        shapes["mixins.patch_embed.proj.bias"] = (h,)
-        linear("time_embed.mlp.0", h, self.time_features)
-        linear("time_embed.mlp.2", h, h)
-        if self.vector_size:
-            linear("cond_embed.map_vector.0", h, self.vector_size)
-            linear("cond_embed.map_vector.2", h, h)
-        for n in range(self.num_layers):
-            layer = f"transformer.layers.{n}."
-            linear(layer + "attention.query_key_value", 3 * h, h)
-            linear(layer + "attention.dense", h, h)
-            linear(layer + "mlp.dense_h_to_4h", self.mlp_size, h)
-            linear(layer + "mlp.dense_4h_to_h", h, self.mlp_size)
-            linear(f"{_ADALN}adaLN_modulations.{n}.1", 4 * h, h)
-            norm(f"{_ADALN}q_layer_norm.{n}", d)
-        shapes[_ADALN + "re_pos_embed"] = (self.num_layers, 4, heads, d)
-        shapes[_ADALN + "proj_lr.weight"] = (h, 3, _LR_PATCH, _LR_PATCH)
-        shapes[_ADALN + "proj_lr.bias"] = (h,)
-        linear(_ADALN + "cross_attention.query", h, h)
-        linear(_ADALN + "cross_attention.key_value", 2 * h, h)
-        linear(_ADALN + "cross_attention.dense", h, h)
-        norm(_ADALN + "post_cross_attention_layernorm", h)
-        shapes[_ADALN + "lr_query_position_embedding"] = (1, self.block_tokens, heads, d)
-        shapes[_ADALN + "lr_key_position_embedding"] = (1, self.lr_window**2, heads, d)
-        norm(_ADALN + "cross_q_ln", d)
-        norm(_ADALN + "cross_k_ln", d)
-        linear("mixins.final_layer.adaLN_modulation.1", 2 * h, h)
-        linear("mixins.final_layer.linear", 3 * p * p, h)
-        return shapes
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> InfDiTConfig:
@@ -140,18 +104,36 @@ class InfDiTConfig:
 
     def validate(self) -> None:
         """Raise ValueError where the sizes cannot belong to one network."""
-        if min(self.hidden_size, self.num_layers, self.num_heads, self.patch_size) < 1:
+        sizes = (
+            self.hidden_size, self.num_heads, self.patch_size, self.block_px, self.mlp_size,
+            self.time_features,
+        )  # fmt: skip
+        if min(*sizes, self.num_layers) < 1:
             raise ValueError(f"sizes must be positive, got {self}")
+        if max(*sizes, self.vector_size) > _MAX_SIZE or self.num_layers > _MAX_LAYERS:
+            raise ValueError(
+                f"expected at most {_MAX_LAYERS} layers and sizes up to {_MAX_SIZE}, got {self}"
+            )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads"
             )
         if self.head_dim % 4:
             raise ValueError(f"head size {self.head_dim} is not a multiple of 4 (2-D rotary)")
-        if self.block_px < 1 or self.block_px % (LR_SCALE * _LR_PATCH):
+        if self.block_px % (LR_SCALE * _LR_PATCH):
             raise ValueError(f"block of {self.block_px} px is not a multiple of 8 px")
         if self.time_features % 2:
             raise ValueError(f"{self.time_features} time features: must be even")
+
+
+RELEASED = InfDiTConfig(
+    hidden_size=1280,
+    num_layers=28,
+    num_heads=16,
+    patch_size=4,
+    block_patches=32,
+    mlp_size=5120,
+)
 
 
 def _shape(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:

@@ -1,17 +1,14 @@
 """Picture files in and out, for the command line.
 
-Pillow does the formats, but for PNG with 16 bits per channel (`png16`), of which it keeps eight
-where there is colour, and for writing TIFF (`tiff`). TIFF with 16 bits per channel is read in full
-where it is grey.
+Pillow does the formats, but for PNG with 16 bits per channel (`png16`) and for writing TIFF
+(`tiff`). TIFF with 16 bits per channel is read in full where it is grey.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from dataclasses import dataclass, field
-from glob import escape
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +20,7 @@ from torch import Tensor
 from ..errors import InfDiTError
 from ..memory.host import require_bytes
 from ..memory.planner import PlanError
+from ..whole_files import whole_file
 from . import png16, tiff
 from .metadata import Metadata, png_texts, read_metadata, save_options
 
@@ -81,13 +79,13 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     try:
         with pillow.open(path, formats=_READ_BY_PILLOW) as image:
             _require_memory(image)
-            with path.open("rb") as file:
-                pixels = png16.read(file)
             image.load()
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             profile = image.info.get("icc_profile")
             metadata = read_metadata(image)
-            if pixels is None:
+            if png16.is_png16(path):
+                pixels = png16.read(path, image.info.get("transparency"))
+            else:
                 pixels = _pixels(image)
         values = _values(_upright(pixels, orientation))
     except FileNotFoundError:
@@ -154,11 +152,8 @@ def write_image(
     values = (image[0].cpu().float().clip(0, 1) * levels).round().numpy()
     kept = np.uint16 if bit_depth == 16 else np.uint8
     info = info or ImageInfo()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        for leftover in path.parent.glob(f".{escape(path.name)}.*.part"):  # of a killed process
-            leftover.unlink()
-        with temporary.open("wb") as file:
+        with whole_file(path, overwrite=overwrite) as file:
             if kind == "TIFF":
                 tiff.write(file, values.astype(kept), info.icc_profile, info.metadata)
             elif bit_depth == 16:
@@ -170,15 +165,8 @@ def write_image(
                 picture.save(encoded, format=kind, icc_profile=info.icc_profile, **options)
                 # Pillow itself overlooks a write that a full disk cuts short.
                 file.write(encoded.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # the name must not be on the disk before the pixels
-        if path.exists() and not overwrite:
-            raise FileExistsError("it has come into being meanwhile")
-        os.replace(temporary, path)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _require_memory(image: PILImage.Image) -> None:
@@ -190,7 +178,7 @@ def _require_memory(image: PILImage.Image) -> None:
 
 def _pixels(image: PILImage.Image) -> np.ndarray:
     """(H, W, C) uint8 or uint16."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16"):
         return np.array(image).astype(np.uint16)[..., None]
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per channel; expected 8 or 16")

@@ -1,67 +1,52 @@
-"""PNG with 16 bits per channel, which Pillow reads and writes for grey pictures only.
-
-Covers what is met in practice: every colour type that has 16 bits, without interlacing.
-Reference: PNG specification, third edition (W3C).
-"""
+"""PNG with 16 bits per channel, of which Pillow keeps eight where there is colour or alpha."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type
-_COLOUR_TYPES = {channels: colour for colour, channels in _CHANNELS.items()}
+_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
 _UP = 2  # filter: difference to the row above
-_MAX_PIXELS = 2**31
-_MAX_SIDE = 2**16
-"""In pixels: the time it takes to undo the filters grows with the longer side."""
 
 
-def read(file: BinaryIO) -> np.ndarray | None:
+def is_png16(path: Path) -> bool:
+    """Whether a file is a PNG picture with 16 bits per channel."""
+    with path.open("rb") as file:
+        head = file.read(25)
+    return head.startswith(_SIGNATURE) and head[24:] == b"\x10"
+
+
+def read(path: Path, transparent: int | tuple[int, ...] | None = None) -> np.ndarray:
     """Decode a picture.
 
+    Args:
+        path: of a file that `is_png16`.
+        transparent: the one colour that is transparent in a picture without alpha.
+
     Returns:
-        (H, W, C) uint16 with C = 1 (grey), 2 (grey, alpha), 3 or 4; None where the file is no PNG,
-        has other than 16 bits, is interlaced or marks one colour as transparent.
+        (H, W, C) uint16 with C = 1 (grey), 2 (grey, alpha), 3 or 4.
 
     Raises:
         ValueError: the file is damaged.
     """
-    if file.read(len(_SIGNATURE)) != _SIGNATURE:
-        return None
-    kind, header = _read_chunk(file)
-    if kind != b"IHDR" or len(header) != 13:
-        raise ValueError("expected a PNG header, got none")
-    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
-    if depth != 16 or interlaced or colour not in _CHANNELS:
-        return None
-    if not 0 < width * height <= _MAX_PIXELS:
-        raise ValueError(f"expected 1 to {_MAX_PIXELS} pixels, got {width}×{height}")
-    if max(width, height) > _MAX_SIDE:
-        raise ValueError(f"expected sides of at most {_MAX_SIDE} pixels, got {width}×{height}")
-    compressed = bytearray()
-    while kind != b"IEND":
-        kind, data = _read_chunk(file)
-        if kind == b"tRNS":
-            return None
-        if kind == b"IDAT":
-            compressed += data
-    step = 2 * _CHANNELS[colour]
-    size = height * (1 + width * step)
+    from torchvision.io import ImageReadMode, decode_png
+
+    data = torch.from_numpy(np.fromfile(path, np.uint8))
     try:
-        data = zlib.decompressobj().decompress(compressed, size)
-    except zlib.error as error:
-        raise ValueError(f"its pixels cannot be decompressed: {error}") from error
-    if len(data) < size:
-        raise ValueError(f"expected {size} bytes of pixels, got {len(data)}")
-    lines = np.frombuffer(data, np.uint8).reshape(height, -1)
-    pixels = _unfilter(lines[:, 0], lines[:, 1:].reshape(height, width, step))
-    return pixels.view(">u2").astype(np.uint16)
+        pixels = decode_png(data, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    except RuntimeError as error:
+        raise ValueError("its pixels are damaged or cut off") from error
+    if transparent is not None:
+        alpha = np.where((pixels == transparent).all(-1, keepdims=True), 0, 65535)
+        pixels = np.concatenate([pixels, alpha.astype(np.uint16)], axis=-1)
+    return pixels
 
 
 def write(
@@ -95,45 +80,3 @@ def write(
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def _read_chunk(file: BinaryIO) -> tuple[bytes, bytes]:
-    start = file.read(8)
-    length = int.from_bytes(start[:4], "big")
-    data, checksum = file.read(length), file.read(4)
-    if len(start) < 8 or len(data) < length or len(checksum) < 4:
-        raise ValueError("the file is cut off")
-    if zlib.crc32(start[4:] + data) != int.from_bytes(checksum, "big"):
-        raise ValueError(f"its part {start[4:]!r} is damaged: the checksum differs")
-    return start[4:], data
-
-
-def _unfilter(filters: np.ndarray, filtered: np.ndarray) -> np.ndarray:
-    """Undo the row filters (H) of bytes (H, W, bytes per pixel).
-
-    A byte depends on its neighbours to the left, above and left above, so an anti-diagonal of
-    pixels is done at once. Kept skewed: cell [d, row] is the pixel at column d - row.
-    """
-    height, width, step = filtered.shape
-    if filters.max() > 4:
-        raise ValueError(f"expected row filters 0 to 4, got {filters.max()}")
-    result = np.zeros((height + 1, width + 1, step), np.uint8)  # zeros above and to the left
-    rows = np.arange(height)
-    for diagonal in range(height + width - 1):
-        row = rows[max(0, diagonal - width + 1) : diagonal + 1]
-        column = diagonal - row
-        left = result[row + 1, column].astype(np.int16)
-        above = result[row, column + 1].astype(np.int16)
-        corner = result[row, column].astype(np.int16)
-        to_left, to_above = np.abs(above - corner), np.abs(left - corner)
-        to_corner = np.abs(left + above - 2 * corner)
-        nearest = np.where(
-            (to_left <= to_above) & (to_left <= to_corner),
-            left,
-            np.where(to_above <= to_corner, above, corner),
-        )
-        predicted = np.choose(
-            filters[row, None], [np.int16(0), left, above, (left + above) // 2, nearest]
-        )
-        result[row + 1, column + 1] = filtered[row, column] + predicted.astype(np.uint8)
-    return np.ascontiguousarray(result[1:, 1:])

@@ -18,7 +18,9 @@ import torch
 
 from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
-from ...infdit_core.checkpoints.checkpoint import Checkpoint, check, network_state_dict, read_config
+from ...infdit_core.checkpoints.checkpoint import Checkpoint
+from ...infdit_core.checkpoints.load import check, read_config
+from ...infdit_core.checkpoints.names import network_state_dict
 from ...infdit_core.memory.adaptive import Adaptive
 from ...infdit_core.memory.planner import Plan, Workload, plans
 from ...infdit_core.network.attention import sdpa

@@ -6,15 +6,13 @@ import os
 from collections.abc import Sequence
 
 import folder_paths
-import torch
 from comfy_api.latest import io
 
-from ...infdit_core.checkpoints.checkpoint import (
-    BUNDLED_FOLDER,
-    clip_state_dict,
-    open_checkpoint,
-)
+from ...infdit_core.checkpoints.checkpoint import open_checkpoint
+from ...infdit_core.checkpoints.load import BUNDLED_FOLDER
+from ...infdit_core.checkpoints.names import clip_state_dict
 from ...infdit_core.clip import read_clip
+from ...infdit_core.network.config import DTYPES
 from ..common import CATEGORY, Clip, named_errors, require
 from .clip import PatchedClip
 from .comfy_model import CLIP_ATTACHMENT, load_patcher
@@ -22,7 +20,7 @@ from .comfy_model import CLIP_ATTACHMENT, load_patcher
 _FOLDER = "infdit"
 _EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
 _CLIP_FOLDERS = ("clip_vision", "text_encoders", _FOLDER)
-_DTYPES = {"default": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"default": None, **DTYPES}
 _FP8 = "fp8 layers"
 
 folder_paths.add_model_folder_path(

@@ -11,19 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infdit_core.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check,
+from infdit_core.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from infdit_core.checkpoints.load import check, load_model, read_config
+from infdit_core.checkpoints.names import (
     clip_state_dict,
-    load_model,
     network_state_dict,
-    open_checkpoint,
-    read_config,
+    release_shapes,
     release_state_dict,
 )
 from infdit_core.checkpoints.pickle_reader import read_index
-from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.config import RELEASED, InfDiTConfig
 from infdit_core.network.model import InfDiT
 from tests.goldens import golden_names, golden_path, save_bf16_run
 
@@ -37,14 +34,6 @@ XS = InfDiTConfig(
     block_patches=8,
     mlp_size=256,
     vector_size=16,
-)
-RELEASED = InfDiTConfig(
-    hidden_size=1280,
-    num_layers=28,
-    num_heads=16,
-    patch_size=4,
-    block_patches=32,
-    mlp_size=5120,
 )
 
 
@@ -136,7 +125,7 @@ def test_only_needed_tensors_are_read(monkeypatch, tmp_path):
         Checkpoint, "tensor", lambda self, key: read.append(key) or tensor(self, key)
     )
     load_model(tmp_path / PT)
-    assert sorted(read) == sorted(XS.parameter_shapes())
+    assert sorted(read) == sorted(release_shapes(XS))
 
 
 def test_load_model():
@@ -213,9 +202,9 @@ def test_released_key_set():
 @pytest.mark.parametrize("vector_size", [16, 0])
 def test_names_map_back_and_forth(vector_size):
     config = InfDiTConfig(**{**vars(XS), "vector_size": vector_size})
-    state = {key: torch.randn(shape) for key, shape in config.parameter_shapes().items()}
+    state = {key: torch.randn(shape) for key, shape in release_shapes(config).items()}
     checkpoint = Checkpoint(
-        Path("x"), config.parameter_shapes(), dict.fromkeys(state, torch.float32), state.__getitem__
+        Path("x"), release_shapes(config), dict.fromkeys(state, torch.float32), state.__getitem__
     )
     assert read_config(checkpoint) == config
     ours = network_state_dict(checkpoint, config)
@@ -263,9 +252,9 @@ def _zip(**entries: bytes):
 
 
 BAD_FILES = {
-    "missing": ("a.pt", lambda path: None, "does not exist; expected an Inf-DiT"),
+    "missing": ("a.pt", lambda path: None, "does not exist; expected a .safetensors"),
     "folder": ("a.pt", Path.mkdir, "cannot be read"),
-    "empty": ("a.pt", _write(b""), r"is empty \(0 bytes\); expected an Inf-DiT"),
+    "empty": ("a.pt", _write(b""), r"is empty \(0 bytes\); expected a \.safetensors"),
     "empty safetensors": ("a.safetensors", _write(b""), "is empty"),
     "text": ("a.pt", _write("né à Zürich\n".encode() * 99), "is a text file that begins with 'né"),
     "web page": ("a.safetensors", _write(b"<!DOCTYPE html>\n"), "text file .* '<!DOCTYPE html>'"),
@@ -362,3 +351,20 @@ def test_missing_size_tensor(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"no tensor mixins\.adaln_layer\.re_pos_embed"):
         load_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("mixins.adaln_layer.re_pos_embed", (10**9, 4, 4, 0)),
+        ("mixins.patch_embed.proj.weight", (2**40, 6, 4, 0)),
+        ("transformer.layers.0.mlp.dense_h_to_4h.weight", (2**62, 0)),
+        ("mixins.adaln_layer.lr_query_position_embedding", (1, 2**60, 4, 0)),
+        ("cond_embed.map_vector.0.weight", (0, 2**62)),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(key, shape):
+    shapes = {**release_shapes(XS), key: shape}
+    checkpoint = Checkpoint(Path("x"), shapes, dict.fromkeys(shapes, torch.float32), torch.empty)
+    with pytest.raises(CheckpointError, match="at most 256 layers and sizes up to 65536"):
+        read_config(checkpoint)

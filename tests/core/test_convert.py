@@ -14,13 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from infdit_core.checkpoints import convert as convert_module
-from infdit_core.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    load_model,
-    open_checkpoint,
-)
+from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from infdit_core.checkpoints.convert import convert
+from infdit_core.checkpoints.load import load_model
 from tests.goldens import save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -108,35 +104,6 @@ def test_converted_model_loads_and_converts_again(source, folder):
     for one in models[1:]:
         pairs = zip(models[0].parameters(), one.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), OSError(28, "full")])
-@pytest.mark.parametrize("where", ["tensor", "fsync", "replace"])
-@pytest.mark.parametrize("old", [None, b"the old file"])
-def test_no_half_file(source, folder, monkeypatch, error, where, old):
-    target = folder / "model.safetensors"
-    if old is not None:
-        target.write_bytes(old)
-    seen = []
-
-    def fail(*args):
-        seen.append(os.listdir(folder))
-        raise error
-
-    if where == "tensor":
-        read = Checkpoint.tensor
-        monkeypatch.setattr(
-            Checkpoint, "tensor", lambda self, key: fail() if "final" in key else read(self, key)
-        )
-    else:
-        monkeypatch.setattr(convert_module.os, where, fail)
-    expected = CheckpointError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected):
-        convert(source, target, overwrite=True)
-    assert len(seen) == 1
-    assert any(name.endswith(".part") for name in seen[0]), "the failure must come while writing"
-    assert os.listdir(folder) == ([] if old is None else [target.name])
-    assert old is None or target.read_bytes() == old
 
 
 def test_existing_target(source, folder):

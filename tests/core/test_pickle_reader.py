@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infdit_core.checkpoints.checkpoint import CheckpointError, check, open_checkpoint, read_config
+from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from infdit_core.checkpoints.load import check, read_config
 from infdit_core.checkpoints.pickle_reader import MAX_PICKLE_OPCODES, read_pickle
 
 GOLDEN_PT = Path(__file__).parents[1] / "golden" / "xs" / "mp_rank_00_model_states.pt"

@@ -20,21 +20,13 @@ from infdit_core.memory.planner import (
     plans,
     weight_bytes,
 )
-from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.config import RELEASED
 from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.network.run import Run
 from infdit_core.sampling import sample
 from tests.goldens import golden_model, random_condition
 
-RELEASED = InfDiTConfig(
-    hidden_size=1280,
-    num_layers=28,
-    num_heads=16,
-    patch_size=4,
-    block_patches=32,
-    mlp_size=5120,
-)
 SCHEDULES = [
     Full(),
     BlockMajor(1),

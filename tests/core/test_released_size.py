@@ -3,18 +3,9 @@
 import pytest
 import torch
 
-from infdit_core.network.config import InfDiTConfig
+from infdit_core.network.config import RELEASED
 from infdit_core.network.model import InfDiT
 from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
-
-RELEASED = InfDiTConfig(
-    hidden_size=1280,
-    num_layers=28,
-    num_heads=16,
-    patch_size=4,
-    block_patches=32,
-    mlp_size=5120,
-)
 
 
 @pytest.mark.slow

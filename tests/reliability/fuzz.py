@@ -20,14 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
-from infdit_core.checkpoints.checkpoint import (
-    CheckpointError,
-    check,
-    load_model,
-    network_state_dict,
-    open_checkpoint,
-    read_config,
-)
+from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from infdit_core.checkpoints.load import check, load_model, read_config
+from infdit_core.checkpoints.names import network_state_dict
 from infdit_core.pictures.files import ImageError, read_image
 from tests.reliability import hostile, hostile_pictures
 
@@ -167,8 +162,9 @@ def warm_up(folder: Path) -> None:
     ):
         (folder / name).write_bytes(whole)
         load(folder / name)
-    for i in range(100):
-        (folder / "a.png").write_bytes(hostile_pictures.picture(Random(-1 - i))[1])
+    damaged = (hostile_pictures.picture(Random(-1 - i))[1] for i in range(100))
+    for data in (*hostile_pictures.pictures().values(), *damaged):
+        (folder / "a.png").write_bytes(data)
         with suppress(ImageError):
             read_image(folder / "a.png")
 

@@ -16,7 +16,7 @@ import torch
 
 from infdit_core import edm_sigmas, load_model, prepare, sample
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
-from infdit_core.checkpoints.checkpoint import BUNDLED_FOLDER
+from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.memory.adaptive import Adaptive
 from infdit_core.memory.planner import plans
 from infdit_core.pictures.files import read_image, write_image

@@ -12,12 +12,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from infdit_core.pictures.files import ImageError, read_image
-from tests.reliability import fuzz, hostile, hostile_pictures
+from tests.reliability import fuzz, hostile
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's"),
@@ -52,32 +49,18 @@ def refused(path: Path, data: bytes) -> str:
     return message
 
 
-@settings(max_examples=500, deadline=None, database=None)
-@given(seed=st.integers(0, 2**32))
-def test_any_damage_to_a_checkpoint(folder, seed):
+@pytest.mark.parametrize(("target", "count"), [("checkpoint", 800), ("picture", 300)])
+def test_any_damage(folder, target, count):
+    make, read, error, limit = fuzz.TARGETS[target]
     path = folder / "input"
-    path.write_bytes(hostile.checkpoint(Random(seed))[1])
     with fuzz.bounded_memory():
-        fuzz.attempt(fuzz.load, path, CheckpointError)
-    assert os.listdir(folder) == ["input"]
-
-
-@settings(max_examples=500, deadline=None, database=None)
-@given(data=st.binary(max_size=60))
-def test_any_bytes_as_a_pickle(folder, data):
-    path = folder / "input"
-    path.write_bytes(hostile.with_pickle(data))
-    with fuzz.bounded_memory():
-        fuzz.attempt(fuzz.load, path, CheckpointError)
-
-
-@settings(max_examples=300, deadline=None, database=None)
-@given(seed=st.integers(0, 2**32))
-def test_any_damage_to_a_picture(folder, seed):
-    path = folder / "input"
-    path.write_bytes(hostile_pictures.picture(Random(seed))[1])
-    with fuzz.bounded_memory():
-        fuzz.attempt(read_image, path, ImageError, fuzz.PICTURE_SECONDS)
+        for seed in range(count):
+            kind, data = make(Random(seed))
+            path.write_bytes(data)
+            try:
+                fuzz.attempt(read, path, error, limit)
+            except fuzz.Finding as finding:
+                pytest.fail(f"seed {seed}, {kind}: {finding}")
     assert os.listdir(folder) == ["input"]
 
 

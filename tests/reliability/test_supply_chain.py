@@ -21,7 +21,17 @@ STANDARD = {
     "types", "typing", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 """Of Python's library: nothing that connects, starts a process, loads a pickle or other code."""
-PACKAGES = {"PIL", "einops", "numpy", "open_clip", "psutil", "safetensors", "torch", "tqdm"}
+PACKAGES = {
+    "PIL",
+    "einops",
+    "numpy",
+    "open_clip",
+    "psutil",
+    "safetensors",
+    "torch",
+    "torchvision",
+    "tqdm",
+}
 COMFYUI = {"comfy", "comfy_api", "folder_paths", "server"}
 
 EXPECTED_OF_BANDIT = {
@@ -173,7 +183,7 @@ def test_the_readme_lists_every_dependency_with_its_licence():
     table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", section, re.MULTILINE))
     required = set((ROOT / "requirements.txt").read_text().split())
     assert required <= set(table)
-    assert {"pillow", "tqdm"} <= set(table)
+    assert {"pillow", "torchvision", "tqdm"} <= set(table)
     assert all(re.search(r"MIT|BSD|Apache|MPL", licence) for licence in table.values())
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from infdit_core.checkpoints.checkpoint import load_model, open_checkpoint
+from infdit_core.checkpoints.checkpoint import open_checkpoint
+from infdit_core.checkpoints.load import load_model
 from training import export
 from training.data import FLAT, Photos, condition, detail, reduce_bicubic
 from training.evaluate import evaluate, read
