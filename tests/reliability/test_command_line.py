@@ -116,13 +116,13 @@ def test_only_overwrite_overwrites(folder, upscale, tmp_path):
 
 
 def test_a_result_that_comes_meanwhile_is_kept(folder, upscale, tmp_path, monkeypatch, capsys):
-    out, sample = tmp_path / "out", commands.sample
+    out, made = tmp_path / "out", commands.upscale
 
     def meanwhile(*args, **options):
         (out / "b.png").write_bytes(b"theirs")
-        return sample(*args, **options)
+        return made(*args, **options)
 
-    monkeypatch.setattr(commands, "sample", meanwhile)
+    monkeypatch.setattr(commands, "upscale", meanwhile)
     assert upscale(folder, "-o", out) == 1
     assert "b.png cannot be written: it has come into being meanwhile" in capsys.readouterr().err
     assert (out / "b.png").read_bytes() == b"theirs"
@@ -149,15 +149,15 @@ def test_failures_are_told_at_the_end(folder, upscale, tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), MemoryError()])
 def test_one_picture_too_many_for_the_memory(folder, upscale, tmp_path, monkeypatch, capsys, error):
-    sample, calls = commands.sample, []
+    made, calls = commands.upscale, []
 
     def fails_once(*args, **options):
         calls.append(args)
         if len(calls) == 2:
             raise error
-        return sample(*args, **options)
+        return made(*args, **options)
 
-    monkeypatch.setattr(commands, "sample", fails_once)
+    monkeypatch.setattr(commands, "upscale", fails_once)
     assert upscale(folder, "-o", tmp_path / "out") == 1
     said = capsys.readouterr().err
     assert "b.png: the memory of cpu is too small" in said
@@ -169,7 +169,7 @@ def test_a_result_larger_than_the_memory_is_refused_before_any_work(
     folder, upscale, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 100_000.0)
-    monkeypatch.setattr(commands, "sample", None)
+    monkeypatch.setattr(commands.Sampler, "__call__", None)
     assert upscale(folder / "a.png", "-o", tmp_path / "a.png") == 1
     said = capsys.readouterr().err
     assert said == (

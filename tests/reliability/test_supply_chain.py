@@ -15,8 +15,8 @@ from tests.goldens import TINY, random_tensors
 ROOT = Path(__file__).resolve().parents[2]
 
 STANDARD = {
-    "__future__", "argparse", "codecs", "collections", "contextlib", "copy", "dataclasses", "enum",
-    "errno", "functools", "glob", "hashlib", "inspect", "io", "itertools", "json", "logging",
+    "__future__", "abc", "argparse", "codecs", "collections", "contextlib", "copy", "dataclasses",
+    "enum", "errno", "functools", "glob", "hashlib", "inspect", "io", "itertools", "json", "logging",
     "math", "mmap", "os", "pathlib", "pickletools", "re", "shutil", "struct", "sys", "time",
     "types", "typing", "weakref", "zipfile", "zlib",
 }  # fmt: skip
