@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import Comfy, load_pack
+from tests.comfy import Comfy, load_pack
 from tests.goldens import TINY, random_tensors
 from tests.nodes.schemas import FILE, freeze, read_golden
 
