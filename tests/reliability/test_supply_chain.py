@@ -175,9 +175,3 @@ def test_the_readme_lists_every_dependency_with_its_licence():
     assert required <= set(table)
     assert {"pillow", "tqdm"} <= set(table)
     assert all(re.search(r"MIT|BSD|Apache|MPL", licence) for licence in table.values())
-
-
-def test_security_policy():
-    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    for heading in ("Reporting", "What is promised", "What is not"):
-        assert f"## {heading}" in text
