@@ -6,46 +6,19 @@ skipped, except under CI, where a skipped test would pass unseen.
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
-from tools.comfy_server import ComfyServer, make_base, running_server
-
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "comfyui_infdit"
-THREADS = min(2, os.cpu_count() or 1)
-
-torch.set_num_threads(THREADS)
-
-
-@dataclass(frozen=True)
-class Comfy:
-    """This pack as loaded by a ComfyUI in this process.
-
-    Its `infdit_core` is `comfyui_infdit.infdit_core`: classes of the top-level `infdit_core` that
-    a test imports are other objects, so take what nodes return from `module`.
-    """
-
-    pack: ModuleType
-    nodes: dict[str, Any]
-    """Node classes by id."""
-    models_dir: Path
-    """ComfyUI's models folder, empty at first."""
-
-    def module(self, name: str) -> ModuleType:
-        """A module of the pack, such as "nodes.infdit.loader" or "infdit_core.edm"."""
-        return importlib.import_module(f"{PACKAGE}.{name}")
+from tests.comfy import STEPS, Comfy, load_comfy
+from tests.goldens import GOLDEN, TINY, random_tensors
+from tools.comfy_server import ComfyServer, running_server
 
 
 @pytest.fixture(scope="session")
@@ -60,38 +33,39 @@ def comfy_source() -> Path:
     pytest.skip(reason)
 
 
-def load_pack(package: str) -> tuple[ModuleType, dict[str, Any]]:
-    """This pack under the name `package`, as ComfyUI loads it, and its node classes by id."""
-    spec = importlib.util.spec_from_file_location(
-        package, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    pack = sys.modules[package] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pack)
-
-    async def node_list() -> list[Any]:
-        extension = await pack.comfy_entrypoint()
-        await extension.on_load()
-        return await extension.get_node_list()
-
-    return pack, {node.define_schema().node_id: node for node in asyncio.run(node_list())}
+@pytest.fixture(scope="session")
+def comfy(comfy_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy:
+    """This pack in a ComfyUI on the CPU, in this process."""
+    return load_comfy(comfy_source, tmp_path_factory.mktemp("comfy"))
 
 
 @pytest.fixture(scope="session")
-def comfy(comfy_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy:
-    """ComfyUI's modules importable and on the CPU, this pack loaded as ComfyUI loads it."""
-    # In front, so that `import nodes` finds ComfyUI's nodes.py and not our folder of that name.
-    sys.path.insert(0, str(comfy_source))
-    base = make_base(tmp_path_factory.mktemp("comfy"))
-    # ComfyUI leaves sys.argv alone unless its main.py asks; these must be set before the rest.
-    arguments = importlib.import_module("comfy.cli_args").args
-    arguments.cpu = True
-    arguments.base_directory = str(base)
-    importlib.import_module("nodes")
+def load(comfy):
+    """Load a model by the loader node: "tiny" without CLIP, "vector" and "clip" with its input."""
+    folder = comfy.models_dir / "infdit"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(random_tensors(TINY), folder / "tiny.safetensors")
+    with_vector = random_tensors(replace(TINY, vector_size=16))
+    save_file(with_vector, folder / "vector.safetensors")
+    tower = load_file(GOLDEN / "e_clip" / "tiny_clip.safetensors")
+    save_file(with_vector | tower, folder / "clip.safetensors")
+    shutil.copy(GOLDEN / "e_clip" / "tiny_clip.safetensors", folder / "tower.safetensors")
 
-    pack, nodes = load_pack(PACKAGE)
-    return Comfy(pack, nodes, base / "models")
+    def loader(name, dtype="default"):
+        return comfy.nodes["InfDiTCheckpointLoader"].execute(f"{name}.safetensors", dtype).args
+
+    return loader
+
+
+@pytest.fixture(scope="session")
+def upscale(comfy):
+    """Run the node Inf-DiT Upscale."""
+
+    def run(model, image, upscale_by=2.0, seed=0, steps=STEPS, **inputs):
+        node = comfy.nodes["InfDiTSampler"]
+        return node.execute(model, image, upscale_by, seed, steps, **inputs).args[0]
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +77,5 @@ def comfy_server(
     paths = base / "extra_model_paths.yaml"
     paths.write_text(f"elsewhere:\n    base_path: {base / 'elsewhere'}\n    infdit: upscalers\n")
     arguments = ["--cpu", "--extra-model-paths-config", str(paths)]
-    with running_server(
-        Path(sys.executable), comfy_source, base, arguments=arguments, threads=THREADS
-    ) as server:
+    with running_server(Path(sys.executable), comfy_source, base, arguments=arguments) as server:
         yield server

@@ -1,12 +1,17 @@
 """Tensors recorded by running the authors' release with tiny random weights.
 
-`tests/golden` holds what a clone needs; where the full recording lies beside the checkout
-(`../shared/golden`), its further cases are tested too.
+`tests/golden` holds all that the tests need. A folder of further recordings is named by
+INFDIT_GOLDEN; its cases are marked `extra`:
+
+    INFDIT_GOLDEN=FOLDER python3 tools/dev.py test -m "extra and not slow and not gpu"
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,23 +23,35 @@ from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
 
 GOLDEN = Path(__file__).parent / "golden"
-SHARED = Path(__file__).parents[2] / "shared" / "golden"
+FOLDERS = [GOLDEN]
+if further := os.environ.get("INFDIT_GOLDEN"):
+    FOLDERS.append(Path(further).resolve(strict=True))
 
 
 def golden_path(name: str) -> Path:
-    """The copy in the repository if there is one, else that beside it."""
-    return GOLDEN / name if (GOLDEN / name).exists() else SHARED / name
-
-
-def golden_names(pattern: str) -> list[str]:
-    """Names of the recorded files that match, such as "xs/a_full_2x3.safetensors"."""
-    return sorted(
-        {str(p.relative_to(root)) for root in (GOLDEN, SHARED) for p in root.glob(pattern)}
-    )
+    """Where a recorded file lies, such as "xs/a_full_2x3.safetensors"."""
+    return next((f / name for f in FOLDERS if (f / name).exists()), GOLDEN / name)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
-    return load_file(golden_path(name))
+    """The tensors of a recorded file; the copy in the repository may hold a part of them."""
+    paths = [folder / name for folder in FOLDERS if (folder / name).exists()]
+    if not paths:
+        raise FileNotFoundError(f"Expected {name} in one of {FOLDERS}; there is none.")
+    return {key: tensor for path in paths for key, tensor in load_file(path).items()}
+
+
+def golden_marks(name: str, key: str | None = None) -> list[pytest.MarkDecorator]:
+    """Of a case that needs a recorded file, or one tensor of it."""
+    path = GOLDEN / name
+    ours = path.exists() and (key is None or key in load_file(path))
+    return [] if ours else [pytest.mark.extra]
+
+
+def golden_cases(pattern: str) -> list[Any]:
+    """The names of the recorded files that match, for `parametrize`."""
+    names = {str(p.relative_to(folder)) for folder in FOLDERS for p in folder.glob(pattern)}
+    return [pytest.param(name, id=name, marks=golden_marks(name)) for name in sorted(names)]
 
 
 def golden_model(name: str, dtype=torch.float32, **config) -> InfDiT:

@@ -28,6 +28,7 @@ _BOOT_SECONDS = 300
 _STOP_SECONDS = 15
 _REQUEST_SECONDS = 60
 _POLL_SECONDS = 0.2
+_FIRST_POLL_SECONDS = 0.02
 _LOG_LINES = 25
 
 Workflow = dict[str, Any]
@@ -156,7 +157,8 @@ class ComfyServer:
                 raise ComfyError(f"Expected the workflow to end within {timeout:g} s.")
             if progress is not None:
                 progress(elapsed)
-            time.sleep(_POLL_SECONDS)
+            # Soon after a short job, seldom in a long one
+            time.sleep(min(_POLL_SECONDS, max(_FIRST_POLL_SECONDS, elapsed / 10)))
         entry = history[prompt_id]
         if entry["status"]["status_str"] != "success":
             raise ComfyError(_execution_error(entry["status"]["messages"]))

@@ -119,7 +119,8 @@ def test(made: Environment, extra: list[str]) -> int:
     # pytest takes the last of a repeated option, so the caller's come after ours.
     defaults = ["-m", "not slow and not gpu", "--timeout", str(_TEST_SECONDS)]
     command = [made.python, "-m", "pytest", *defaults, *extra]
-    return _call(command, ROOT, made.variables())
+    # Networks of tests are so small that threads cost more than they give.
+    return _call(command, ROOT, {"OMP_NUM_THREADS": "1"} | made.variables())
 
 
 def comfyui(made: Environment, extra: list[str]) -> int:

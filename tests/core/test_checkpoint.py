@@ -22,7 +22,7 @@ from infdit_core.checkpoints.names import (
 from infdit_core.checkpoints.pickle_reader import read_index
 from infdit_core.network.config import RELEASED, InfDiTConfig
 from infdit_core.network.model import InfDiT
-from tests.goldens import golden_names, golden_path, save_bf16_run
+from tests.goldens import golden_cases, golden_path, save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PT = "mp_rank_00_model_states.pt"
@@ -54,7 +54,7 @@ def repack(source: Path, target: Path, method: int = zipfile.ZIP_STORED):
 # What is read
 
 
-@pytest.mark.parametrize("name", golden_names(f"*/{PT}"))
+@pytest.mark.parametrize("name", golden_cases(f"*/{PT}"))
 def test_pt_equals_torch_load(name):
     path = golden_path(name)
     reference = torch.load(path, weights_only=False)["module"]

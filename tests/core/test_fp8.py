@@ -29,7 +29,7 @@ def test_a_row_of_zeros_stays_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_layers_of_a_network_are_rounded_and_nothing_else(dtype):
-    exact, rounded = golden_model("s", dtype), golden_model("s", dtype)
+    exact, rounded = golden_model("xs", dtype), golden_model("xs", dtype)
     use_fp8(rounded)
     linears = [m for m in rounded.layers.modules() if isinstance(m, Fp8Linear)]
     assert len(linears) == 4 * rounded.config.num_layers

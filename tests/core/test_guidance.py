@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from infdit_core.clip import ClipGuide, GuidanceError, read_clip
-from tests.goldens import GOLDEN, SHARED
+from tests.goldens import GOLDEN, golden, golden_marks
 
+RECORDED = "e_clip/preprocess.safetensors"
 TOWER = GOLDEN / "e_clip" / "tiny_clip.safetensors"
 HEAD_WIDTH = 16
 
@@ -20,14 +21,16 @@ def guide():
     return ClipGuide.from_state_dict(read_clip(TOWER), head_width=HEAD_WIDTH)
 
 
-@pytest.mark.parametrize("size", ["130x97", "300x420", "512x512"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(key[3:-3], marks=golden_marks(RECORDED, key))
+        for key in golden(RECORDED)
+        if key.startswith("in_")
+    ],
+)
 def test_embeddings_equal_the_release(guide, size):
-    tensors = {}
-    for root in (SHARED, GOLDEN):  # the copy in the repository holds the small ones only
-        if (path := root / "e_clip" / "preprocess.safetensors").exists():
-            tensors |= load_file(path)
-    if f"in_{size}_u8" not in tensors:
-        pytest.skip("only in the full recording")
+    tensors = golden(RECORDED)
     image = tensors[f"in_{size}_u8"].float().permute(1, 2, 0)[None] / 255
     if (prepared := tensors.get(f"out_{size}")) is not None:
         torch.testing.assert_close(guide.preprocess(image)[0], prepared, atol=1e-5, rtol=0)

@@ -8,7 +8,7 @@ from einops import rearrange
 
 from infdit_core.network.attention import sdpa
 from infdit_core.network.layers import time_features
-from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
+from tests.goldens import golden, golden_cases, golden_condition, golden_model, random_condition
 
 ATOL = 1e-5
 
@@ -17,21 +17,15 @@ def close(actual: torch.Tensor, expected: torch.Tensor, name: str = "", atol: fl
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0, msg=lambda m: f"{name}: {m}")
 
 
-def full_cases():
-    for name in golden_names("*/a_full_*.safetensors"):
-        for key in golden(name):
-            if key == "out" or key.startswith("out_sigma"):
-                yield pytest.param(name, key, id=f"{name}-{key}")
-
-
-@pytest.mark.parametrize(("name", "out"), list(full_cases()))
-def test_denoised_equals_the_release(name, out):
+@pytest.mark.parametrize("name", golden_cases("*/a_full_*.safetensors"))
+def test_denoised_equals_the_release(name):
     tensors = golden(name)
     # past 8 times its training size the release's positions wrap; ours do so only when told to
     model = golden_model(name.split("/")[0], **({"rope_wrap": 256} if "1x33" in name else {}))
-    sigma = tensors["sigma"] if out == "out" else float(out.removeprefix("out_sigma"))
-    denoised = model.denoise(tensors[out.replace("out", "x")], sigma, golden_condition(tensors))
-    close(denoised, tensors[out])
+    for out in (key for key in tensors if key == "out" or key.startswith("out_sigma")):
+        sigma = tensors["sigma"] if out == "out" else float(out.removeprefix("out_sigma"))
+        x = tensors[out.replace("out", "x")]
+        close(model.denoise(x, sigma, golden_condition(tensors)), tensors[out], out)
 
 
 def test_true_positions_differ_from_the_release_only_past_its_wrap():
@@ -43,7 +37,7 @@ def test_true_positions_differ_from_the_release_only_past_its_wrap():
     assert (denoised[..., 32 * 32 :] - expected[..., 32 * 32 :]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", golden_names("*/d_intermediates_*.safetensors"))
+@pytest.mark.parametrize("name", golden_cases("*/d_intermediates_*.safetensors"))
 def test_every_intermediate_equals_the_release(name):
     expected = golden(name)
     model = golden_model(name.split("/")[0])
@@ -165,7 +159,7 @@ def hidden_states(model, x, sigma, cond) -> list[torch.Tensor]:
     return states
 
 
-@pytest.mark.parametrize("name", golden_names("*/g_bf16_?x?.safetensors"))
+@pytest.mark.parametrize("name", golden_cases("*/g_bf16_?x?.safetensors"))
 def test_bf16_is_as_exact_as_the_release(name):
     tensors = golden(name)
     model = golden_model(name.split("/")[0], torch.bfloat16)

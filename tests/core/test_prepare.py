@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from infdit_core.pictures.prepare import PreparationError, pass_sizes, prepare, target_size
-from tests.goldens import golden, golden_names
+from tests.goldens import golden, golden_cases
 
 
-@pytest.mark.parametrize("name", golden_names("f_prepare/scale?.safetensors"))
+@pytest.mark.parametrize("name", golden_cases("f_prepare/scale?.safetensors"))
 def test_a_picture_of_whole_blocks_equals_the_release(name):
     tensors, scale = golden(name), int(name[-13])
     image = ((tensors["lr_cropped"] + 1) / 2).permute(0, 2, 3, 1)
@@ -19,7 +19,7 @@ def test_a_picture_of_whole_blocks_equals_the_release(name):
     assert scale == 4 or canvas.lr.abs().max() > 1, "the LR picture is not clipped"
 
 
-@pytest.mark.parametrize("name", golden_names("f_prepare/scale?.safetensors"))
+@pytest.mark.parametrize("name", golden_cases("f_prepare/scale?.safetensors"))
 def test_an_odd_picture_equals_the_release_away_from_its_crop(name):
     tensors, scale = golden(name), int(name[-13])
     image = tensors["input_u8"].permute(1, 2, 0)[None].float() / 255

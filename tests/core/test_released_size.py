@@ -5,7 +5,7 @@ import torch
 
 from infdit_core.network.config import RELEASED
 from infdit_core.network.model import InfDiT
-from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
+from tests.goldens import golden, golden_cases, golden_condition, golden_model, random_condition
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_one_evaluation_of_the_released_size():
 @pytest.mark.parametrize(
     ("dtype", "maximum"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)], ids=["fp32", "bf16"]
 )
-@pytest.mark.parametrize("name", golden_names("*/a_full_?x?.safetensors"))
+@pytest.mark.parametrize("name", golden_cases("*/a_full_?x?.safetensors"))
 def test_denoised_equals_the_release_on_cuda(name, dtype, maximum):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     tensors = {k: v.cuda() for k, v in golden(name).items()}

@@ -15,10 +15,10 @@ from infdit_core.edm import (
     preconditioning,
 )
 from infdit_core.sampling import PRESETS, SOLVERS, Preset, sample
-from tests.goldens import golden, golden_condition, golden_model, golden_names, random_condition
+from tests.goldens import golden, golden_cases, golden_condition, golden_model, random_condition
 
 
-@pytest.mark.parametrize("name", golden_names("*/c_sampler_*.safetensors"))
+@pytest.mark.parametrize("name", golden_cases("*/c_sampler_*.safetensors"))
 def test_the_sampler_equals_the_release(name):
     tensors = golden(name)
     steps = []
@@ -35,7 +35,7 @@ def test_the_sampler_equals_the_release(name):
     assert [s.index for s in steps] == list(range(len(tensors["sigmas"]) - 1))
 
 
-@pytest.mark.parametrize("name", golden_names("*/c_sampler_*.safetensors"))
+@pytest.mark.parametrize("name", golden_cases("*/c_sampler_*.safetensors"))
 def test_sigmas_equal_the_release(name):
     expected = golden(name)["sigmas"]
     torch.testing.assert_close(edm_sigmas(len(expected) - 1), expected, rtol=1e-5, atol=1e-7)

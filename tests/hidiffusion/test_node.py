@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.hidiffusion.models import DEFAULTS, base_model
+from tests.hidiffusion.models import base_model
 
 pytestmark = pytest.mark.comfy
 
@@ -82,12 +82,3 @@ def test_a_preset_of_another_family_is_an_error(comfy, apply):
         apply(base_model("sd15"), preset="SDXL")
     with pytest.raises(ValueError, match=r"expected an SD1\.5/2\.x model"):
         apply(base_model("sdxl"), preset="SD1.5/2.x")
-
-
-def test_every_input_and_output_has_a_tooltip(comfy):
-    schema = comfy.module("nodes.hidiffusion.node").HiDiffusion.define_schema()
-    assert [i.id for i in schema.inputs] == ["model", *DEFAULTS]
-    assert {i.id: i.default for i in schema.inputs[1:]} == DEFAULTS
-    assert all(i.tooltip and i.tooltip.endswith(".") for i in [*schema.inputs, *schema.outputs])
-    assert schema.description
-    assert schema.search_aliases

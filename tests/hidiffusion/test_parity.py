@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.goldens import GOLDEN, SHARED, golden, golden_path
+from tests.goldens import golden, golden_marks, golden_path
 
 pytestmark = pytest.mark.comfy
 
@@ -14,26 +13,18 @@ pytestmark = pytest.mark.comfy
 def recorded(*names):
     """(file, case) of the recordings whose outputs are at hand."""
     for name in names:
-        path = golden_path(f"hidiffusion/{name}.json")
+        path, file = golden_path(f"hidiffusion/{name}.json"), f"hidiffusion/{name}.safetensors"
         if not path.exists():
             continue
-        outputs = [root / f"hidiffusion/{name}.safetensors" for root in (GOLDEN, SHARED)]
-        keys = {key for path in outputs if path.exists() for key in load_file(path)}
+        keys = golden(file).keys()
         for case in json.loads(path.read_text())["cases"]:
             # At odd sizes the authors resize the tokens where we repeat a row; and the input of
             # the largest case is not among the recordings.
             odd = any(call["odd"] for call in case["msw_calls"])
             if case["name"] in keys and not odd and case["H"] <= 256:
-                marks = [pytest.mark.slow] * (case["H"] * case["W"] > 128 * 128)
+                marks = golden_marks(file, case["name"])
+                marks += [pytest.mark.slow] * (case["H"] * case["W"] > 128 * 128)
                 yield pytest.param(name, case, id=f"{name}-{case['name']}", marks=marks)
-
-
-def recorded_output(name, key):
-    for root in (GOLDEN, SHARED):
-        path = root / f"hidiffusion/{name}.safetensors"
-        if path.exists() and key in (outputs := load_file(path)):
-            return outputs[key]
-    raise KeyError(key)
 
 
 def patch_of(hi, rules, family, case):
@@ -92,7 +83,7 @@ def assert_parity(found, expected):
 def test_parity_with_the_authors(hi, rules, unets, monkeypatch, name, case):
     family = name.split("/")[0]
     found = evaluate(hi, rules, monkeypatch, unets[family], family, case)
-    expected = recorded_output(name, case["output"]["key"])
+    expected = golden(f"hidiffusion/{name}.safetensors")[case["output"]["key"]]
     stride = case["output"]["stride"]
     assert_parity(found[:, :, ::stride, ::stride], expected)
 

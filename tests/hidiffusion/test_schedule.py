@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.goldens import golden_path
+from tools.comfy_server import ROOT
 
 # The package `nodes` around it imports ComfyUI; this module does not.
 _SPEC = importlib.util.spec_from_file_location(

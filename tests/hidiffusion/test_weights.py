@@ -63,7 +63,10 @@ def test_offloaded_weights(sdxl, apply):
     torch.testing.assert_close(sample(low, steps=8), expected)
 
 
-@pytest.mark.parametrize(("first", "dilated", "phases"), [(True, 0.3, 3), (False, 1.0, 1)])
+@pytest.mark.parametrize(
+    ("first", "dilated", "phases"),
+    [pytest.param(True, 0.3, 3, marks=pytest.mark.slow), (False, 1.0, 1)],
+)
 def test_a_compiled_model_has_one_graph_for_each_phase(
     sdxl, apply, first, dilated, phases, monkeypatch
 ):

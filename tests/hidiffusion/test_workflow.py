@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import ROOT
 from tests.hidiffusion.models import base_model, prompts, watch
+from tools.comfy_server import ROOT
 
 pytestmark = pytest.mark.comfy
 

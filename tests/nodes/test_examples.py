@@ -5,8 +5,7 @@ import urllib.request
 
 import pytest
 
-from tests.conftest import ROOT
-from tools.comfy_server import ComfyError, ComfyServer
+from tools.comfy_server import ROOT, ComfyError, ComfyServer
 from tools.dev import png_size
 from tools.make_workflows import API, BLUEPRINT, EXAMPLES_OF, NOTE, SUBGRAPHS
 

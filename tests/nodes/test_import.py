@@ -37,7 +37,7 @@ LOAD_PACK = (
     NEW_MODULES
     + """
 import importlib
-from tests.conftest import load_pack  # before ComfyUI's own folder of that name is found
+from tests.comfy import load_pack  # before ComfyUI's own folder of that name is found
 comfy_source, base = sys.argv[1:]
 sys.path.insert(0, comfy_source)
 arguments = importlib.import_module("comfy.cli_args").args

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.comfy import STEPS
 from tests.goldens import TINY
-from tests.nodes.conftest import STEPS
 
 pytestmark = pytest.mark.comfy
 

@@ -1,9 +1,8 @@
-"""Schemas that saved workflows rely on, and the texts that explain them."""
+"""Schemas that saved workflows rely on."""
 
 import copy
 import importlib
 import os
-import re
 
 import pytest
 
@@ -18,8 +17,6 @@ After such an addition (or another harmless change, such as a display name) rege
 and commit {GOLDEN_FILE.name} with it. Breaking changes are not written: of a node that was never
 released, delete the entry in the file by hand first.
 """
-
-SENTENCE = re.compile(r"[A-Z0-9].*[.]", re.DOTALL)
 
 
 @pytest.fixture
@@ -43,21 +40,17 @@ def test_schemas_are_frozen(schemas):
 
 
 @pytest.mark.comfy
-def test_every_text_is_there_and_a_sentence(comfy):
+def test_every_text_is_there(comfy):
     lacking = []
     for node_id, node in comfy.nodes.items():
         schema = node.GET_SCHEMA()
         texts = {"description": schema.description}
         texts |= {f"input {item.id}": item.tooltip for item in schema.inputs}
         texts |= {f"output {i}": item.tooltip for i, item in enumerate(schema.outputs)}
-        lacking += [
-            f"{node_id}, {where}: {text!r}"
-            for where, text in texts.items()
-            if not SENTENCE.fullmatch(text or "")
-        ]
+        lacking += [f"{node_id}: no text of {where}" for where, text in texts.items() if not text]
         if not schema.search_aliases:
             lacking.append(f"{node_id}: no search aliases")
-    assert not lacking, "Expected a sentence that ends in a period:\n" + "\n".join(lacking)
+    assert not lacking
 
 
 BEFORE = {

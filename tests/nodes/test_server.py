@@ -138,17 +138,14 @@ def test_model_dropped_in_is_offered(comfy_server: ComfyServer, where: str):
 
 
 @pytest.mark.parametrize(
-    ("node", "inputs", "message"),
-    [
-        ("InfDiTCheckpointLoader", {"weight_dtype": "default"}, "linked in its authors' repos"),
-        ("InfDiTCLIPLoader", {}, "open_clip's ViT-L-14"),
-    ],
+    ("node", "inputs"),
+    [("InfDiTCheckpointLoader", {"weight_dtype": "default"}), ("InfDiTCLIPLoader", {})],
 )
-def test_a_missing_file_is_explained(comfy_server: ComfyServer, node, inputs, message):
+def test_a_missing_file_is_named(comfy_server: ComfyServer, node, inputs):
     name = next(iter(comfy_server.object_info(node)[node]["input"]["required"]))
     workflow = {
         "load": {"class_type": node, "inputs": {name: "absent.safetensors", **inputs}},
         "show": {"class_type": "PreviewAny", "inputs": {"source": ["load", 0]}},
     }
-    with pytest.raises(ComfyError, match=rf"'absent.safetensors' is not there.*{message}"):
+    with pytest.raises(ComfyError, match=r"'absent\.safetensors' is not there"):
         comfy_server.queue(workflow)

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from tests.nodes.conftest import STEPS
+from tests.comfy import STEPS
 
 pytestmark = pytest.mark.comfy
 

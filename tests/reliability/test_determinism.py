@@ -20,7 +20,6 @@ from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.memory.adaptive import Adaptive
 from infdit_core.memory.planner import plans
 from infdit_core.pictures.files import read_image, write_image
-from tests.conftest import THREADS
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
@@ -103,12 +102,13 @@ def test_any_place_in_a_batch(draw, image, reference):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_any_number_of_threads(draw, image, reference, threads):
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         result = draw(image)
         assert torch.equal(draw(image), result)
     finally:
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(before)
     torch.testing.assert_close(result, reference, atol=ORDER, rtol=0)
 
 

@@ -273,7 +273,7 @@ def counts(server: ComfyServer) -> dict:
 
 
 def test_jobs_leave_nothing_behind(server: ComfyServer):
-    """In short what tools/soak.py does at length."""
+    """In short what soak.py does at length."""
     counts(server)
     before = counts(server)
     for width, model in ((20, "other"), (12, "tiny"), (40, "other")):

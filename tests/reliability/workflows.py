@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import THREADS
 from tests.goldens import TINY, random_tensors
 from tools.comfy_server import ComfyServer, running_server
 
@@ -31,9 +30,7 @@ def debug_server(source: Path, base: Path) -> Iterator[ComfyServer]:
     for seed, name in enumerate(("tiny", "other")):
         if not (models / f"{name}.safetensors").exists():
             save_file(random_tensors(TINY, seed), models / f"{name}.safetensors")
-    with running_server(
-        Path(sys.executable), source, base, arguments=["--cpu"], threads=THREADS
-    ) as server:
+    with running_server(Path(sys.executable), source, base, arguments=["--cpu"]) as server:
         server.check_pack("InfDiTSampler")
         yield server
 

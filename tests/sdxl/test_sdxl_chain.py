@@ -7,6 +7,7 @@ how long each node took and the server's memory.
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import sys
@@ -20,7 +21,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.conftest import THREADS
 from tests.sdxl.make_sdxl_checkpoint import write_checkpoint
 from tools.comfy_server import ComfyServer, running_server
 from tools.make_workflows import API
@@ -113,7 +113,7 @@ def chain(comfy, comfy_source, tmp_path_factory):
             comfy_source,
             base,
             arguments=["--cpu", "--fp16-unet"],
-            threads=THREADS,
+            threads=os.cpu_count(),
         ) as server:
             prompt_id = asyncio.run(asyncio.wait_for(listen(server, graph, chain), LIMIT_SECONDS))
             outputs = server.wait(prompt_id, timeout=60)

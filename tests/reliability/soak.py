@@ -1,10 +1,10 @@
 """A long run through a real ComfyUI server, to see that nothing piles up.
 
-    INFDIT_COMFYUI=folder python -m tools.soak --jobs 200
+    INFDIT_COMFYUI=folder python -m tests.reliability.soak --jobs 200
 
 A batch of 64 pictures first; then jobs of changing sizes, factors and models from one client, some
 of them cancelled or failing; then two clients at once. After every tenth job the same probe must
-give the same picture, and says what the server's process holds (tests/reliability/debug_nodes).
+give the same picture, and says what the server's process holds (`debug_nodes`).
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def main() -> int:
     print(f"{dict(soak.outcomes)} and {len(soak.probes)} probes, {time.monotonic() - start:.0f} s")
     found = list(faults(soak))
     for fault in found:
-        print(f"tools/soak.py: {fault}", file=sys.stderr)
+        print(f"soak: {fault}", file=sys.stderr)
     return 1 if found else 0
 
 
