@@ -155,9 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def run() -> torch.Tensor:
             sizes = rules.feature_sizes(rules.SDXL, size, rad, pool)
-            plan = hooks.Plan(rules.SDXL, sizes, rad, pool)
-            plan = patch.with_windows(plan, 0, device) if windows else plan
-            options = hooks.install(plan, {}) if any(mode) else {}
+            changes = hooks.Changes(rules.SDXL, sizes, rad, pool)
+            changes = patch.with_windows(changes, 0, device) if windows else changes
+            options = hooks.install(changes, {}) if any(mode) else {}
             with torch.inference_mode():
                 return unet(x, t, transformer_options=options, **cond)
 
