@@ -26,13 +26,14 @@ from torch import Tensor
 from infdit_core import InfDiT, load_model
 from infdit_core.memory.planner import plan
 from infdit_core.network.condition import Condition
+from infdit_core.network.config import DTYPES
 from infdit_core.network.fp8 import use_fp8
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.sampling import PRESETS, sample
 from training.data import Photos, condition, reduce_bicubic
 
 from . import common
-from .common import CONFIGS, DTYPES, RESULTS
+from .common import CONFIGS, RESULTS
 
 LEVELS = (0.1, 1.0, 10.0)
 """Sigmas at which D is compared."""

@@ -22,12 +22,12 @@ from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
 from infdit_core.memory.adaptive import is_out_of_memory
 from infdit_core.memory.planner import Workload, evaluation_bytes, evaluation_flop
 from infdit_core.network.condition import Condition
-from infdit_core.network.config import LR_SCALE, InfDiTConfig
+from infdit_core.network.config import DTYPES, LR_SCALE, InfDiTConfig
 from infdit_core.network.model import InfDiT
 from infdit_core.network.run import Run
 
 from . import common
-from .common import CONFIGS, DTYPES, RESULTS
+from .common import CONFIGS, RESULTS
 
 
 def schedules_for(config: InfDiTConfig, side: int) -> list[Schedule]:

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from infdit_core.network.config import DTYPES
+
 from . import common
-from .common import DTYPES, RESULTS, ROOT
+from .common import RESULTS, ROOT
 
 FULL, REDUCED = 320, 32
 """Channels of the first level: SDXL's, and those of the small stand-in."""

@@ -20,10 +20,11 @@ import numpy as np
 from torch import Tensor
 
 from infdit_core import PRESETS, InfDiT, load_model
+from infdit_core.network.config import DTYPES
 from infdit_core.sampling import SOLVERS, Preset
 
 from . import common
-from .common import DTYPES, RESULTS
+from .common import RESULTS
 from .common_metrics import against_input, against_original, bars, borders, mean, passed
 from .common_photos import (
     DEGRADATIONS,

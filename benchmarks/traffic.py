@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.schedules import Schedule
 from infdit_core.network.condition import Condition
-from infdit_core.network.config import LR_SCALE
+from infdit_core.network.config import DTYPES, LR_SCALE
 from infdit_core.network.model import InfDiT
 
 from . import common
-from .common import CONFIGS, DTYPES, RESULTS
+from .common import CONFIGS, RESULTS
 
 CONFIG = CONFIGS["released"]
 NOT_COUNTED = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution"}
