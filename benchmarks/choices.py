@@ -1,24 +1,22 @@
-"""What the inexact choices gain and cost: python -m benchmarks.choices --pictures FOLDER
+"""What the inexact choices gain and cost: python -m benchmarks.choices --photos FOLDER
 
 For each choice (bf16, the presets, 8-bit layers, reuse of layers, together): seconds of a whole
-sampling beside the exact one's, in turn; max and rms of D against fp32 at three noise levels, for
-what changes D; PSNR of the final picture against the exact one. Writes
-benchmarks/results/choices_<device>.json. With a GPU:
+sampling beside the exact one's, in turn; max and rms of D against the exact one at three noise
+levels; PSNR of the final picture against the exact one. Exact is preset `exact` in --dtype. Writes
+benchmarks/results/choices_<device>.json after every row. With a GPU:
 
-    python -m benchmarks.choices --pictures FOLDER --device cuda --side 2048
-    python -m benchmarks.choices --device cuda --config released --side 2048
+    python -m benchmarks.choices --photos FOLDER --device cuda --size 2048
+    python -m benchmarks.choices --device cuda --config released --dtype bf16 --size 1024 --rounds 1
 
 The second has random weights, so its errors mean nothing: it is for the seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import statistics
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +24,16 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, load_model
-from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.memory.planner import plan
 from infdit_core.network.condition import Condition
+from infdit_core.network.config import DTYPES
 from infdit_core.network.fp8 import use_fp8
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.sampling import PRESETS, sample
 from training.data import Photos, condition, reduce_bicubic
 
-from .evaluation import CONFIGS, RESULTS, build, environment, synchronize
+from . import common
+from .common import CONFIGS, RESULTS
 
 LEVELS = (0.1, 1.0, 10.0)
 """Sigmas at which D is compared."""
@@ -67,63 +66,6 @@ CHOICES = [
     Choice("draft", bf16=True),
     Choice(bf16=True, fp8=True, reuse=0.75),
 ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path, help="what training.photos made")
-    parser.add_argument("--model", type=Path, default=BUNDLED_FOLDER / "infdit_small.safetensors")
-    parser.add_argument("--config", choices=CONFIGS, help="random weights of this size instead")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--side", type=int, default=256, help="of the result in pixels")
-    parser.add_argument("--rounds", type=int, default=2)
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if args.config:
-        exact = build(CONFIGS[args.config], torch.float32, device)
-    else:
-        exact = load_model(args.model, device)
-    cond = picture(args.pictures, args.side, device)
-    noise = torch.randn(cond.concat.shape, generator=torch.Generator().manual_seed(0)).to(device)
-
-    reference = run(exact, cond, noise, Choice())
-    denoised = {sigma: exact.denoise(cond.concat + sigma * noise, sigma, cond) for sigma in LEVELS}
-    rows = []
-    for choice in CHOICES:
-        model = changed(exact, choice)
-        row: dict = {"choice": choice.name, "evaluations": PRESETS[choice.preset].evaluations}
-        row["d_error"] = {
-            str(sigma): compare(
-                model.denoise(cond.concat + sigma * noise, sigma, cond).float(), expected
-            )
-            for sigma, expected in denoised.items()
-        }
-        ratios = []
-        for _ in range(args.rounds):
-            before = seconds(exact, cond, noise, Choice(), device)
-            ratios.append(seconds(model, cond, noise, choice, device) / before)
-        row["time_ratio"] = round(statistics.median(ratios), 4)
-        result = run(model, cond, noise, choice)
-        row["psnr_to_exact"] = round(psnr(result, reference), 2)
-        rows.append(row)
-        print(row, flush=True)
-        save(args, device, rows)
-
-
-def save(args: argparse.Namespace, device: torch.device, rows: list[dict]) -> None:
-    """Write what is measured so far."""
-    what = args.config or args.model.name
-    command = f"python -m benchmarks.choices --device {args.device} --side {args.side}"
-    command += f" --config {args.config}" if args.config else " --pictures FOLDER"
-    result = {
-        "command": command,
-        "model": what,
-        "environment": environment(device),
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    stem = f"choices_{device.type}" + (f"_{args.config}" if args.config else "")
-    (RESULTS / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def picture(folder: Path | None, side: int, device: torch.device) -> Condition:
@@ -162,16 +104,6 @@ def run(model: InfDiT, cond: Condition, noise: Tensor, choice: Choice) -> Tensor
     ).clamp(-1, 1)
 
 
-def seconds(
-    model: InfDiT, cond: Condition, noise: Tensor, choice: Choice, device: torch.device
-) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    run(model, cond, noise, choice)
-    synchronize(device)
-    return time.perf_counter() - started
-
-
 def compare(result: Tensor, expected: Tensor) -> dict[str, float]:
     """Differences of pictures in [-1, 1]."""
     error = result - expected
@@ -181,6 +113,52 @@ def compare(result: Tensor, expected: Tensor) -> dict[str, float]:
 
 def psnr(result: Tensor, expected: Tensor) -> float:
     return 10 * torch.log10(4 / (result - expected).square().mean()).item()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.arguments(
+        "choices", __doc__, "model", "config", "device", "dtype",
+        photos={"required": False}, size={"default": 256}, rounds={"default": 2},
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", help="names of choices, as in the result")
+    args = common.parse(parser, argv)
+    device, dtype = args.device, DTYPES[args.dtype]
+    if args.config:
+        exact = common.build(CONFIGS[args.config], dtype, device)
+    else:
+        exact = load_model(args.model, device, dtype)
+    cond = picture(args.photos, args.size, device)
+    noise = torch.randn(cond.concat.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    what = args.config or args.model.name
+    result = common.header(args, model=what, dtype=args.dtype) | {"rows": []}
+    name = f"choices_{device.type}" + (f"_{args.config}" if args.config else "")
+
+    def denoised(model: InfDiT, sigma: float) -> Tensor:
+        return model.denoise(cond.concat + sigma * noise, sigma, cond).float()
+
+    expected = {sigma: denoised(exact, sigma) for sigma in LEVELS}
+    reference = run(exact, cond, noise, Choice())
+    for choice in CHOICES:
+        if args.only and choice.name not in args.only:
+            continue
+        model = changed(exact, choice)
+        drawn = run(model, cond, noise, choice)
+        d_error = {str(s): compare(denoised(model, s), d) for s, d in expected.items()}
+        runs = {
+            "exact": partial(run, exact, cond, noise, Choice()),
+            "choice": partial(run, model, cond, noise, choice),
+        }
+        seconds = common.in_turn(runs, args.rounds, device)
+        row = {
+            "choice": choice.name,
+            "evaluations": PRESETS[choice.preset].evaluations,
+            "d_error": d_error,
+            "time_ratio": common.ratio(seconds["choice"], seconds["exact"]),
+            "psnr_to_exact": round(psnr(drawn, reference), 2),
+        }
+        result["rows"].append(row)
+        print(row, flush=True)
+        common.save(RESULTS / f"{name}.json", result)
 
 
 if __name__ == "__main__":

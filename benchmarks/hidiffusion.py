@@ -3,23 +3,18 @@
 A UNet of SDXL's topology with random weights, its width reduced unless --full-width is given; by
 turns plain and in every phase of HiDiffusion, so that ratios are of one run. Narrow layers make
 attention a larger part of the whole than it is in SDXL, so the operations that SDXL itself needs
-are counted besides. INFDIT_COMFYUI names the folder of a ComfyUI. Writes
-benchmarks/results/hidiffusion_<device>_<dtype>_<width>.json.
+are counted besides. Needs a ComfyUI, in --comfyui or INFDIT_COMFYUI. Writes
+benchmarks/results/hidiffusion_<device>_<dtype>_<width>.json after every size.
 With a GPU: --full-width --device cuda --dtype fp16 --sizes 1024 1536 2048 4096
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import itertools
-import json
-import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,9 +22,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.evaluation import DTYPES, RESULTS, environment, synchronize
+from infdit_core.network.config import DTYPES
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import common
+from .common import RESULTS, ROOT
+
 FULL, REDUCED = 320, 32
 """Channels of the first level: SDXL's, and those of the small stand-in."""
 META = torch.device("meta")
@@ -42,16 +39,11 @@ MODES = {
 STEPS = 30
 
 
-def load_pack(device: torch.device) -> tuple[ModuleType, ModuleType]:
+def load_pack(comfyui: Path | None, device: torch.device) -> tuple[ModuleType, ModuleType]:
     """The modules with the hooks and with the rules, loaded as ComfyUI loads this pack."""
-    folder = os.environ.get("INFDIT_COMFYUI")
-    if not folder:
-        raise SystemExit("Expected the folder of a ComfyUI in INFDIT_COMFYUI; it is not set.")
-    # In front, so that `import nodes` finds ComfyUI's nodes.py and not our folder of that name.
-    sys.path.insert(0, folder)
-    arguments = importlib.import_module("comfy.cli_args").args
-    arguments.cpu = device.type == "cpu"
-    arguments.use_pytorch_cross_attention = True  # as on a GPU, on a CPU too
+    common.add_comfyui(comfyui, device)
+    # as on a GPU, on a CPU too
+    importlib.import_module("comfy.cli_args").args.use_pytorch_cross_attention = True
     importlib.import_module("nodes")
     spec = importlib.util.spec_from_file_location(
         "comfyui_infdit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
@@ -105,30 +97,20 @@ def build_unet(width: int, dtype: torch.dtype, device: torch.device) -> tuple[An
 
 
 def measure(evaluate: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict:
-    """Seconds and peak memory of every mode; the modes take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in evaluate}
-    peak = {}
-    for i in range(rounds + 1):
-        for name, run in evaluate.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            synchronize(device)
-            started = time.perf_counter()
-            run()
-            synchronize(device)
-            if i:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-            if device.type == "cuda":
-                peak[name] = torch.cuda.max_memory_allocated(device)
-    plain = statistics.median(seconds["plain"])
-    return {
+    """Seconds and, on a GPU, peak memory beside the weights of every mode."""
+    common.in_turn(evaluate, 1, device)  # warms up
+    seconds = common.in_turn(evaluate, rounds, device)
+    found: dict[str, dict[str, Any]] = {
         name: {
             "seconds": [round(s, 4) for s in times],
-            "of_plain": round(statistics.median(times) / plain, 4),
-            **({"peak_bytes": peak[name]} if peak else {}),
+            "of_plain": common.ratio(times, seconds["plain"]),
         }
         for name, times in seconds.items()
     }
+    if device.type == "cuda":
+        for name, run in evaluate.items():
+            found[name]["peak_bytes"] = common.peak_bytes(run, device)
+    return found
 
 
 def operations(evaluate: dict[str, Callable[[], Any]]) -> dict[str, int]:
@@ -153,18 +135,15 @@ def of_a_run(
     return round(total / (STEPS * cost["plain"]), 4)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.arguments("hidiffusion", __doc__, "device", "dtype", "rounds", "comfyui")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 1536, 2048])
     parser.add_argument("--full-width", action="store_true", help="SDXL's own width, 2.6 G weights")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    args = common.parse(parser, argv)
+    device, dtype = args.device, DTYPES[args.dtype]
     width = FULL if args.full_width else REDUCED
 
-    hooks, rules = load_pack(device)
+    hooks, rules = load_pack(args.comfyui, device)
     timed = (*build_unet(width, dtype, device), device)
     counted = (*build_unet(FULL, dtype, META), META)
     patch = hooks.Patch(rules.SDXL, hooks.Mode.AUTO, True, None, 0, False, False)
@@ -178,22 +157,16 @@ def main() -> None:
 
         def run() -> torch.Tensor:
             sizes = rules.feature_sizes(rules.SDXL, size, rad, pool)
-            plan = hooks.Plan(rules.SDXL, sizes, rad, pool)
-            plan = patch.with_windows(plan, 0, device) if windows else plan
-            options = hooks.install(plan, {}) if any(mode) else {}
+            changes = hooks.Changes(rules.SDXL, sizes, rad, pool)
+            changes = patch.with_windows(changes, 0, device) if windows else changes
+            options = hooks.install(changes, {}) if any(mode) else {}
             with torch.inference_mode():
                 return unet(x, t, transformer_options=options, **cond)
 
         return run
 
-    result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.hidiffusion", *sys.argv[1:]]),
-        "environment": environment(device),
-        "attention": attention.__name__,
-        "width": width,
-        "dtype": args.dtype,
-        "sizes": {},
-    }
+    result = common.header(args, "dtype", attention=attention.__name__, width=width, sizes={})
+    path = RESULTS / f"hidiffusion_{device.type}_{args.dtype}_{width}.json"
     for side in args.sizes:
         modes = {name: evaluation(*timed, side, mode) for name, mode in MODES.items()}
         measured = measure(modes, args.rounds, device)
@@ -210,10 +183,8 @@ def main() -> None:
             "flop_at_full_width": flop,
             f"run_of_{STEPS}_steps_of_plain": runs,
         }
+        common.save(path, result)
         print(side, costs["seconds"], runs, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"hidiffusion_{device.type}_{args.dtype}_{width}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ to benchmarks/results.
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,60 +16,63 @@ import torch
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.memory.planner import Workload, evaluation_bytes, plans
 
-from .evaluation import CONFIGS, RESULTS
+from . import common
+from .common import CONFIGS, RESULTS
 
 SIDES = [1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
 BUDGETS_GB = [6, 8, 12, 24, 80]
 
 
-def main() -> None:
-    import matplotlib.pyplot as plt
+def workload(side: int) -> Workload:
+    return Workload(CONFIGS["released"], side, side, torch.bfloat16)
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measured", type=Path, nargs="*", help="results of benchmarks.evaluation")
-    args = parser.parse_args()
-    config, dtype = CONFIGS["released"], torch.bfloat16
 
-    table = []
+def table() -> list[dict]:
+    """The fastest schedule of every size and budget, where one fits."""
+    rows = []
     for side in SIDES:
-        found = plans(Workload(config, side, side, dtype))
+        found = plans(workload(side))
         for budget in BUDGETS_GB:
-            chosen = next((p for p in found if p.peak_bytes <= budget * 1e9), None)
-            if chosen is not None:
-                table.append(
-                    {
-                        "side": side,
-                        "budget_gb": budget,
-                        "schedule": str(chosen.schedule),
-                        "peak_bytes": chosen.peak_bytes,
-                        "host_bytes": chosen.host_bytes,
-                    }
-                )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(table, indent=1) + "\n")
+            fitting = [plan for plan in found if plan.peak_bytes <= budget * 1e9]
+            for plan in fitting[:1]:
+                row = {"side": side, "budget_gb": budget, "schedule": str(plan.schedule)}
+                rows.append(row | {"peak_bytes": plan.peak_bytes, "host_bytes": plan.host_bytes})
+    return rows
 
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+
+def draw(measured: Sequence[Path]) -> None:
+    """Predicted peak of four schedules by size, and crosses where it was measured."""
     curves = {
         "whole picture": lambda grid: Full(),
         "block by block, 4×4": lambda grid: BlockMajor(4),
         "layer by layer, one line": lambda grid: LayerMajor(grid.shorter),
         "the same, tokens on the host": lambda grid: LayerMajor(grid.shorter, tokens_on_host=True),
     }
-    for name, schedule in curves.items():
-        works = [Workload(config, side, side, dtype) for side in SIDES]
-        peaks = [evaluation_bytes(work, schedule(work.grid)) / 1e9 for work in works]
-        axes.plot(SIDES, peaks, marker=".", label=name)
-    for path in args.measured:
-        result = json.loads(path.read_text())
-        peaks = [row["peak_bytes"] / 1e9 for row in result["schedules"] if "peak_bytes" in row]
-        axes.plot([result["size"]] * len(peaks), peaks, "kx")
-    axes.set(xscale="log", yscale="log", xlabel="side of the result in pixels")
-    axes.set_xticks(SIDES, [str(side) for side in SIDES], rotation=45)
-    axes.set_ylabel("GB beside weights and pictures")
-    axes.set_title("Predicted peak memory of one evaluation, released model, bf16")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(RESULTS / "memory.png", dpi=110)
+    with common.chart(
+        RESULTS / "memory.png",
+        title="Predicted peak memory of one evaluation, released model, bf16",
+        xlabel="side of the result in pixels",
+        ylabel="GB beside weights and pictures",
+        xscale="log",
+        yscale="log",
+    ) as axes:
+        for name, schedule in curves.items():
+            works = [workload(side) for side in SIDES]
+            peaks = [evaluation_bytes(work, schedule(work.grid)) / 1e9 for work in works]
+            axes.plot(SIDES, peaks, marker=".", label=name)
+        for path in measured:
+            result = json.loads(path.read_text())
+            peaks = [row["peak_bytes"] / 1e9 for row in result["schedules"] if "peak_bytes" in row]
+            axes.plot([result["size"]] * len(peaks), peaks, "kx")
+        axes.set_xticks(SIDES, [str(side) for side in SIDES], rotation=45)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.arguments("memory", __doc__)
+    parser.add_argument("measured", type=Path, nargs="*", help="results of benchmarks.evaluation")
+    args = common.parse(parser, argv)
+    common.save(RESULTS / "memory.json", common.header(args) | {"rows": table()})
+    draw(args.measured)
 
 
 if __name__ == "__main__":

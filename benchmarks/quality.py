@@ -1,68 +1,43 @@
-"""How good the pictures are: python -m benchmarks.quality --photos FOLDER [--crop PX] [--grid FILE]
+"""How good the pictures are: python -m benchmarks.quality --photos FOLDER [--crop PX]
 
 Takes the centre of every photograph of FOLDER/test, reduces it by 4, upscales it again with the
-model and with bicubic interpolation, and compares both with the original. `--photos` is what
-training.photos made, `--grid` draws docs/quality.png. Needs piq, kornia and matplotlib.
-
+model and with bicubic interpolation, and compares both with the original. Needs piq and kornia.
 Pictures that the result file already has, made by the same model and settings, are not made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from infdit_core import PRESETS, InfDiT, load_model, plan, prepare, sample
-from infdit_core.checkpoints.load import BUNDLED_FOLDER
+from infdit_core import PRESETS, InfDiT, load_model
+from infdit_core.network.config import DTYPES
 from infdit_core.sampling import SOLVERS, Preset
 
-from .evaluation import DTYPES, RESULTS, environment
-from .quality_data import DEGRADATIONS, bicubic, centre, degrade, read_photos
-from .quality_grid import draw, to_image
-from .quality_metrics import against_input, against_original, bars, borders, mean, passed
+from . import common
+from .common import RESULTS
+from .common_metrics import against_input, against_original, bars, borders, mean, passed
+from .common_photos import (
+    DEGRADATIONS,
+    Upscaler,
+    bicubic,
+    centre,
+    degrade,
+    read_photos,
+    to_image,
+    upscaler,
+)
 
-CPU_MEMORY_BYTES = 4e9
 METHODS = ("ours", "bicubic", "original")
-Upscaler = Callable[[Tensor], Tensor]
-"""From (1, 3, h, w) to (1, 3, 4 h, 4 w), in 0..1."""
-
-
-def upscaler(model: InfDiT, preset: Preset, seed: int, denoise: float = 1.0) -> Upscaler:
-    """Enlarge by 4 with the model, as the command line does."""
-    weight = model.final.linear.weight
-    memory = CPU_MEMORY_BYTES
-    if weight.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(weight.device)[0]
-
-    def upscale(lr: Tensor) -> Tensor:
-        canvas = prepare(lr.permute(0, 2, 3, 1), block_px=model.config.block_px)
-        noise = torch.randn(canvas.concat.shape, generator=torch.Generator().manual_seed(seed))
-        canvas.concat, canvas.lr = canvas.concat.to(weight.device), canvas.lr.to(weight.device)
-        height, width = canvas.concat.shape[-2:]
-        device = weight.device.type
-        x = sample(
-            model,
-            canvas.condition(),
-            preset.sigmas(denoise),
-            noise=noise,
-            solver=preset.solver,
-            schedule=plan(model.config, height, width, weight.dtype, memory, device=device),
-        )
-        return canvas.finish(x.cpu()).permute(0, 3, 1, 2)
-
-    return upscale
 
 
 def measure(
@@ -133,24 +108,8 @@ def show(found: dict[str, Any]) -> None:
             print(f"  {mark}  {bar['name']}: {bar['value']:.4f}, limit {bar['limit']:.4f}")
 
 
-def settings_of(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
-    """What the pictures depend on."""
-    return {
-        "model": args.model.name,
-        "model_sha256": hashlib.sha256(args.model.read_bytes()).hexdigest(),
-        "solver": preset.solver,
-        "steps": preset.steps,
-        "denoise": args.denoise,
-        "seed": args.seed,
-        "crop": args.crop,
-        "dtype": args.dtype,
-    }
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", type=Path, required=True, help="what training.photos made")
-    parser.add_argument("--model", type=Path, default=BUNDLED_FOLDER / "infdit_small.safetensors")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.arguments("quality", __doc__, "photos", "model", "device", "dtype")
     parser.add_argument("--preset", choices=PRESETS, default="exact")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--solver", choices=sorted(SOLVERS), help="instead of the preset's")
@@ -158,39 +117,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--crop", type=int, default=2048, help="longest side in pixels")
     parser.add_argument("--degradation", choices=DEGRADATIONS, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--pictures", type=Path, help="folder to write the results to, as PNG")
-    parser.add_argument("--grid", type=Path, help="draw the comparison here, and nothing else")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = common.parse(parser, argv)
     photos = read_photos(args.photos)
-    device = torch.device(args.device)
-    model = load_model(args.model, device, DTYPES[args.dtype])
+    model = load_model(args.model, args.device, DTYPES[args.dtype])
     preset = PRESETS[args.preset]
     preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
-    upscale = upscaler(model, preset, args.seed, args.denoise)
-    if args.grid:
-        draw(photos, upscale, args.grid)
-        return
+    upscale = upscaler(model, preset=preset, seed=args.seed, denoise=args.denoise)
 
-    settings = settings_of(args, preset)
+    settings = {  # what the pictures depend on
+        "model": args.model.name,
+        "model_sha256": hashlib.sha256(args.model.read_bytes()).hexdigest(),
+        **preset._asdict(),
+        **{name: getattr(args, name) for name in ("denoise", "seed", "crop", "dtype")},
+    }
     rows: list[dict[str, Any]] = []
     if args.out.exists() and (old := json.loads(args.out.read_text()))["settings"] == settings:
         rows = old["rows"]
     done = {(row["photo"], row["degradation"]) for row in rows}
-    versions = {name: importlib.metadata.version(name) for name in ("piq", "kornia", "pillow")}
-    result = {
-        "command": " ".join(["python -m benchmarks.quality", *(argv or sys.argv[1:])]).replace(
-            str(args.photos), "PHOTOS"
-        ),
-        "settings": settings,
-        "environment": environment(device) | versions,
-    }
+    result = common.header(args, settings=settings)
+    for name in ("piq", "kornia", "pillow"):
+        result["environment"][name] = importlib.metadata.version(name)
     for degradation in [args.degradation] if args.degradation else DEGRADATIONS:
         for name, photo in photos.items():
             if (name, degradation) in done:
@@ -198,12 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             original = centre(photo, args.crop)
             rows.append(measure(name, original, degradation, model, upscale, args.pictures))
             print(f"{degradation} {name}: {rows[-1]['seconds']} s", flush=True)
-            result |= {"summary": summary(rows), "rows": rows}
-            # replaced as a whole, so that a kill leaves the finished pictures
-            part = args.out.with_suffix(".part")
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(result, indent=1) + "\n")
-            part.replace(args.out)
+            common.save(args.out, result | {"summary": summary(rows), "rows": rows})
     show(summary(rows))
 
 

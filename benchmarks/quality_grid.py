@@ -1,18 +1,18 @@
-"""The grid of crops of docs/quality.png."""
+"""Draw docs/quality.png, six crops: python -m benchmarks.quality_grid --photos FOLDER"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
+from infdit_core import PRESETS, load_model
 from infdit_core.network.config import LR_SCALE
 
-from .quality_data import bicubic, degrade, to_tensor
+from . import common
+from .common_photos import Upscaler, bicubic, degrade, read_photos, to_image, to_tensor, upscaler
 
 CENTRES_PX = {
     "mate-backgrounds-LadyBird": (400, 896),
@@ -31,12 +31,12 @@ LABEL_PX = 22
 GAP_PX = 4
 
 
-def draw(photos: Mapping[str, np.ndarray], upscale: Callable[[Tensor], Tensor], path: Path) -> None:
+def draw(photos: Mapping[str, np.ndarray], upscale: Upscaler, path: Path) -> None:
     """Write the grid: input by nearest neighbour, bicubic, model and original of every crop.
 
     Args:
         photos: (H, W, 3) uint8 by name, those of CENTRES_PX among them.
-        upscale: (1, 3, h, w) to (1, 3, 4 h, 4 w) in 0..1.
+        upscale: the model.
     """
     cell = SHOWN_PX + GAP_PX
     size = len(LABELS) * cell - GAP_PX, LABEL_PX + len(CENTRES_PX) * cell - GAP_PX
@@ -57,7 +57,14 @@ def draw(photos: Mapping[str, np.ndarray], upscale: Callable[[Tensor], Tensor], 
     sheet.save(path, optimize=True)
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """(3, H, W) in 0..1 to 8 bits."""
-    levels = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.numpy())
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.arguments("quality_grid", __doc__, "photos", "model", "device")
+    parser.add_argument("--preset", choices=PRESETS, default="exact")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "docs" / "quality.png")
+    args = common.parse(parser, argv)
+    model = load_model(args.model, args.device)
+    draw(read_photos(args.photos), upscaler(model, preset=PRESETS[args.preset]), args.out)
+
+
+if __name__ == "__main__":
+    main()

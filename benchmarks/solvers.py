@@ -1,4 +1,4 @@
-"""How few evaluations are enough: python -m benchmarks.solvers --pictures FOLDER [--comfyui SOURCE]
+"""How few evaluations are enough: python -m benchmarks.solvers --photos FOLDER [--comfyui SOURCE]
 
 Samples test pictures with every solver, number of evaluations and spacing of sigmas, and measures
 the rms distance to Heun's method with 120 steps from the same noise, in 0..1 scale. With --comfyui
@@ -9,12 +9,9 @@ solvers.json, after every row, and solvers.png to benchmarks/results.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +19,13 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, LayerMajor, edm_sigmas, load_model
-from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.edm import SIGMA_MAX, SIGMA_MIN
-from infdit_core.network.run import Run as Kept
+from infdit_core.network.run import Run
 from infdit_core.sampling import SOLVERS
 from training.data import Photos, condition, reduce_bicubic
 
-from .evaluation import RESULTS, environment
+from . import common
+from .common import RESULTS
 
 REFERENCE_STEPS = 120
 CORE_SAMPLERS = [
@@ -51,15 +48,16 @@ OPTIMISED = [6, 12]
 """Evaluations for which sigmas are optimised."""
 TRIALS = 40
 
-Run = Callable[[Callable, Tensor, Tensor], Tensor]
+Draw = Callable[[Callable, Tensor, Tensor], Tensor]
+"""From a denoiser, the noisy picture and sigmas to the picture."""
 
 
-def own(name: str) -> Run:
+def own(name: str) -> Draw:
     solver = SOLVERS[name]
     return lambda denoise, x, sigmas: solver(denoise, x, sigmas.tolist(), lambda step: None)
 
 
-def core(name: str) -> Run:
+def core(name: str) -> Draw:
     function = getattr(importlib.import_module("comfy.k_diffusion.sampling"), f"sample_{name}")
 
     def run(denoise: Callable, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -69,52 +67,6 @@ def core(name: str) -> Run:
         return function(model, x, sigmas, extra_args={}, disable=True)
 
     return run
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path, required=True, help="what training.photos made")
-    parser.add_argument("--comfyui", type=Path, help="source folder of a ComfyUI")
-    parser.add_argument("--model", type=Path, default=BUNDLED_FOLDER / "infdit_small.safetensors")
-    parser.add_argument("--count", type=int, default=4, help="crops of 128 px")
-    parser.add_argument("--trials", type=int, default=TRIALS, help="of sigmas, for each count")
-    args = parser.parse_args()
-    runs = {f"own {name}": own(name) for name in SOLVERS}
-    if args.comfyui:
-        sys.argv = sys.argv[:1]
-        sys.path.insert(0, str(args.comfyui))
-        importlib.import_module("comfy.cli_args").args.cpu = True
-        runs |= {f"core {name}": core(name) for name in CORE_SAMPLERS}
-
-    model = load_model(args.model)
-    test, train = (Measure(model, args.pictures / name, args.count) for name in ("test", "train"))
-    result = {
-        "command": f"python -m benchmarks.solvers --count {args.count} --trials {args.trials}",
-        "model": args.model.name,
-        "environment": environment(torch.device("cpu")),
-        "rows": [],
-    }
-    RESULTS.mkdir(exist_ok=True)
-
-    def add(name: str, spacing: str, run: Run, sigmas: Tensor, evaluations: int) -> None:
-        rms, largest = test.error(run, sigmas)
-        row = {"solver": name, "spacing": spacing, "evaluations": evaluations, "rms": rms}
-        row["max"] = largest
-        if spacing == "optimised":
-            row["sigmas"] = [round(s, 4) for s in sigmas.tolist()]
-        result["rows"].append(row)
-        print(row, flush=True)
-        (RESULTS / "solvers.json").write_text(json.dumps(result, indent=1) + "\n")
-
-    for name, run in runs.items():
-        for spacing, sigmas in SPACINGS.items() if name in SPACED else [*SPACINGS.items()][:1]:
-            for evaluations in [*EVALUATIONS, 39] if name == "own heun" else EVALUATIONS:
-                steps = (evaluations + 1) // 2 if name == "own heun" else evaluations
-                add(name, spacing, run, sigmas(steps), evaluations)
-    for steps in OPTIMISED:
-        run = own("multistep")
-        add("own multistep", "optimised", run, optimised(train, run, steps, args.trials), steps)
-    draw(result["rows"], RESULTS / "solvers.png")
 
 
 class Measure:
@@ -130,24 +82,24 @@ class Measure:
         pictures = Photos(folder, 128).batch(count, np.random.default_rng(2))
         self._model, self._cond = model, condition(reduce_bicubic(pictures))
         self._noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-        self._kept = Kept()
+        self._run = Run()
         self._reference = self._sampled(own("heun"), edm_sigmas(REFERENCE_STEPS))
 
-    def error(self, run: Run, sigmas: Tensor) -> tuple[float, float]:
+    def error(self, run: Draw, sigmas: Tensor) -> tuple[float, float]:
         """Root mean square and largest difference, for pictures in 0..1."""
         error = (self._sampled(run, sigmas) - self._reference) / 2
         return round(error.square().mean().sqrt().item(), 5), round(error.abs().max().item(), 4)
 
-    def _sampled(self, run: Run, sigmas: Tensor) -> Tensor:
+    def _sampled(self, run: Draw, sigmas: Tensor) -> Tensor:
         x = self._cond.concat + sigmas[0] * self._noise
         return run(self._denoise, x, sigmas).clamp(-1, 1)
 
     @torch.no_grad()
     def _denoise(self, x: Tensor, sigma: float) -> Tensor:
-        return self._model.denoise(x, sigma, self._cond, LayerMajor(16), run=self._kept)
+        return self._model.denoise(x, sigma, self._cond, LayerMajor(16), run=self._run)
 
 
-def optimised(measure: Measure, run: Run, steps: int, trials: int) -> Tensor:
+def optimised(measure: Measure, run: Draw, steps: int, trials: int) -> Tensor:
     """Sigmas by random search: steps in log sigma get longer or shorter than equal.
 
     Keeps a change where it is better.
@@ -170,25 +122,61 @@ def optimised(measure: Measure, run: Run, steps: int, trials: int) -> Tensor:
     return sigmas(best)
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict]) -> None:
     """Error against evaluations: a line for every solver with the release's spacing, and ours."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     first = next(iter(SPACINGS))
-    for name in dict.fromkeys(row["solver"] for row in rows):
-        points = [(r["evaluations"], r["rms"]) for r in rows
-                  if r["solver"] == name and r["spacing"] == first]  # fmt: skip
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    for spacing, style in (("exponential", "k.-"), ("optimised", "k*")):
-        found = [(r["evaluations"], r["rms"]) for r in rows
-                 if (r["solver"], r["spacing"]) == ("own multistep", spacing)]  # fmt: skip
-        axes.plot(*zip(*found, strict=True), style, label=f"own multistep, {spacing} sigmas")
-    axes.set(xlabel="evaluations", ylabel="rms to Heun with 120 steps", yscale="log")
-    axes.set_title(f"bundled model, {first}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+
+    def points(solver: str, spacing: str) -> list[list[float]]:
+        found = [row for row in rows if (row["solver"], row["spacing"]) == (solver, spacing)]
+        return [[row[key] for row in found] for key in ("evaluations", "rms")]
+
+    with common.chart(
+        RESULTS / "solvers.png",
+        title=f"bundled model, {first}",
+        xlabel="evaluations",
+        ylabel=f"rms to Heun with {REFERENCE_STEPS} steps",
+        yscale="log",
+    ) as axes:
+        for name in dict.fromkeys(row["solver"] for row in rows):
+            axes.plot(*points(name, first), marker=".", label=name)
+        for spacing, style in (("exponential", "k.-"), ("optimised", "k*")):
+            label = f"own multistep, {spacing} sigmas"
+            axes.plot(*points("own multistep", spacing), style, label=label)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.arguments("solvers", __doc__, "photos", "model", "comfyui")
+    parser.add_argument("--count", type=int, default=4, help="crops of 128 px")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="of sigmas, for each count")
+    args = common.parse(parser, argv)
+    runs = {f"own {name}": own(name) for name in SOLVERS}
+    if args.comfyui:
+        common.add_comfyui(args.comfyui, torch.device("cpu"))
+        runs |= {f"core {name}": core(name) for name in CORE_SAMPLERS}
+
+    model = load_model(args.model)
+    test, train = (Measure(model, args.photos / name, args.count) for name in ("test", "train"))
+    result = common.header(args, model=args.model.name) | {"rows": []}
+
+    def add(name: str, spacing: str, run: Draw, sigmas: Tensor, evaluations: int) -> None:
+        rms, largest = test.error(run, sigmas)
+        row = {"solver": name, "spacing": spacing, "evaluations": evaluations, "rms": rms}
+        row["max"] = largest
+        if spacing == "optimised":
+            row["sigmas"] = [round(s, 4) for s in sigmas.tolist()]
+        result["rows"].append(row)
+        print(row, flush=True)
+        common.save(RESULTS / "solvers.json", result)
+
+    for name, run in runs.items():
+        for spacing, sigmas in SPACINGS.items() if name in SPACED else [*SPACINGS.items()][:1]:
+            for evaluations in [*EVALUATIONS, 39] if name == "own heun" else EVALUATIONS:
+                steps = (evaluations + 1) // 2 if name == "own heun" else evaluations
+                add(name, spacing, run, sigmas(steps), evaluations)
+    for steps in OPTIMISED:
+        run = own("multistep")
+        add("own multistep", "optimised", run, optimised(train, run, steps, args.trials), steps)
+    draw(result["rows"])
 
 
 if __name__ == "__main__":

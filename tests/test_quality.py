@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,7 @@ pytest.importorskip("piq")
 pytest.importorskip("kornia")
 
 from benchmarks import quality, quality_grid
-from benchmarks.quality_data import bicubic, degrade
-from benchmarks.quality_metrics import (
+from benchmarks.common_metrics import (
     LOWER_IS_BETTER,
     against_input,
     against_original,
@@ -22,8 +23,15 @@ from benchmarks.quality_metrics import (
     borders,
     passed,
 )
+from benchmarks.common_photos import bicubic, degrade
 
 BLOCK_PX, PATCH_PX = 32, 4
+
+
+def test_benchmarks_import_their_library_and_not_each_other():
+    for path in Path(quality.__file__).parent.glob("*.py"):
+        imported = re.findall(r"^from \.(\w*) import (\w+)", path.read_text("utf-8"), re.MULTILINE)
+        assert all((module or name).startswith("common") for module, name in imported), path.name
 
 
 @pytest.fixture(scope="module")

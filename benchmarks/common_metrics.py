@@ -1,4 +1,4 @@
-"""What the quality benchmark measures, on pictures (1, 3, H, W) in 0..1."""
+"""Measures of pictures (1, 3, H, W) in 0..1, and the limits that they are held to: a library."""
 
 from __future__ import annotations
 
