@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STANDARD = {
     "__future__", "abc", "argparse", "codecs", "collections", "contextlib", "copy", "dataclasses",
     "enum", "errno", "functools", "glob", "hashlib", "inspect", "io", "itertools", "json",
-    "logging", "math", "mmap", "os", "pathlib", "pickletools", "re", "shutil", "struct", "sys", "time",
-    "types", "typing", "weakref", "zipfile", "zlib",
+    "logging", "math", "mmap", "os", "pathlib", "pickletools", "re", "shutil", "struct", "sys",
+    "time", "types", "typing", "weakref", "zipfile", "zlib",
 }  # fmt: skip
 """Of Python's library: nothing that connects, starts a process, loads a pickle or other code."""
 PACKAGES = {
