@@ -143,7 +143,7 @@ def check_sigmas(sigmas: Tensor) -> list[float]:
             f"expected sigmas that fall, at least two; got {tuple(sigmas.shape)}: {found}{more}"
         )
     if levels[-1] < 0:
-        raise InfDiTError(f"expected sigmas of at least 0; got {levels[-1]}")
+        raise InfDiTError(f"expected sigmas that end at 0 or above; got {levels[-1]}")
     return levels
 
 

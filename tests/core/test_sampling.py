@@ -115,7 +115,7 @@ def test_the_schedule_does_not_change_the_picture():
 @pytest.mark.parametrize(
     ("sigmas", "message"),
     [([1.0, 2.0], "that fall"), ([1.0], "at least two"), ([1.0, 1.0, 0.0], "that fall"),
-     ([1.0, -1.0], "at least 0"), ([float("nan"), 0.0], "that fall")],
+     ([1.0, -1.0], "at 0 or above"), ([float("nan"), 0.0], "that fall")],
 )  # fmt: skip
 def test_bad_sigmas_are_refused(sigmas, message):
     model = golden_model("xs")

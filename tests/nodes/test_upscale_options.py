@@ -142,7 +142,7 @@ def test_sigmas_take_the_place_of_steps_and_denoise(comfy, load, upscale, image,
         (torch.tensor([float("inf"), 1.0, 0.0]), "expected sigmas that fall, .* inf, 1, 0"),
         (torch.tensor([[1.0, 0.0]]), r"expected sigmas that fall, .* \(1, 2\)"),
         (torch.tensor([40.0, 5.0]), "expected sigmas that end in 0, .* got 5 at the end"),
-        (torch.tensor([4.0, -1.0]), "expected sigmas of at least 0; got -1"),
+        (torch.tensor([4.0, -1.0]), "expected sigmas that end at 0 or above; got -1"),
     ],
 )
 def test_wrong_sigmas_are_refused_before_any_work(

@@ -18,7 +18,7 @@ from infdit_core import edm_sigmas, load_model, prepare, sample
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.memory.adaptive import Adaptive
-from infdit_core.memory.planner import plans
+from infdit_core.memory.planner import Workload, plans
 from infdit_core.pictures.files import read_image, write_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,14 +46,14 @@ def image() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def draw(model):
-    def upscale(image, seed=0, schedule=None, steps=5) -> torch.Tensor:
+    def upscale(image, seed=0, schedule=None, retry=None, steps=5) -> torch.Tensor:
         """(B, H, W, 3) in 0..1; each picture of a batch has the seed's noise."""
         canvas = prepare(image, 4.0, block_px=model.config.block_px)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, *canvas.concat.shape[1:], generator=generator)
         noise = noise.expand_as(canvas.concat)
         sigmas = edm_sigmas(steps)
-        x = sample(model, canvas.condition(), sigmas, noise=noise, schedule=schedule)
+        x = sample(model, canvas.condition(), sigmas, noise=noise, schedule=schedule, retry=retry)
         return canvas.finish(x)
 
     return upscale
@@ -86,9 +86,9 @@ def test_any_schedule_and_chunk_size(draw, image, reference, schedule):
 
 
 def test_any_memory(draw, model, image, reference):
-    found = plans(model.config, 4 * SIDE, 4 * SIDE, torch.float32, device="cpu")
+    found = plans(Workload(model.config, 4 * SIDE, 4 * SIDE, torch.float32, device="cpu"))
     for memory in {plan.peak_bytes for plan in found}:
-        result = draw(image, schedule=Adaptive(found, memory))
+        result = draw(image, retry=Adaptive(found, memory).call)
         torch.testing.assert_close(result, reference, atol=ORDER, rtol=0)
 
 
