@@ -128,11 +128,6 @@ class ClipGuide:
         )
         return cls(model, image_size, context_length)
 
-    @property
-    def has_text(self) -> bool:
-        """Whether texts can be encoded."""
-        return self._context_length > 0
-
     def preprocess(self, image: Tensor) -> Tensor:
         """(B, H, W, C) in 0..1 to the tower's (B, 3, size, size): the middle, normalised."""
         x = image[..., :3].float().permute(0, 3, 1, 2).expand(-1, 3, -1, -1)

@@ -80,8 +80,3 @@ def partial_sigmas(steps: int, denoise: float, rho: float = RHO) -> Tensor:
     start = (low + denoise * (high - low)) ** RHO
     first = start if denoise < 1 else SIGMA_MAX
     return edm_sigmas(max(1, round(steps * denoise)), sigma_max=first, rho=rho)
-
-
-def loss_weight(sigma: Tensor) -> Tensor:
-    """The EDM weight of `|D - x0|²`: equal loss at every noise level at initialisation."""
-    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2

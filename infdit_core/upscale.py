@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -99,15 +99,9 @@ class Sampler:
         """The fastest schedule that fits for a canvas, and the smaller ones behind it."""
         weight = self.model.final.linear.weight
         batch, _, height, width = canvas.concat.shape
-        work = Workload(
-            self.model.config,
-            height,
-            width,
-            weight.dtype,
-            batch,
-            weight.device.type,
-            residual=self.reuse_layers > 0,
-        )
+        config, kind = self.model.config, weight.device.type
+        work = Workload(config, height, width, weight.dtype, batch, kind)
+        work = replace(work, residual=self.reuse_layers > 0)
         return Adaptive(plans(work), self.memory_bytes or memory_budget(self.model))
 
 

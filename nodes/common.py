@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from comfy_api.latest import io
 
 from ..infdit_core.errors import InfDiTError
@@ -42,13 +41,3 @@ def require(value: object, kind: type[_T], message: str) -> _T:
     if not isinstance(value, kind):
         raise InfDiTError(f"{message}; got {type(value).__name__}")
     return value
-
-
-def require_image(image: torch.Tensor) -> None:
-    """Raise InfDiTError unless `image` is (B, H, W, C) with something in it."""
-    require(image, torch.Tensor, "expected an IMAGE")
-    shape = tuple(image.shape)
-    if image.ndim != 4 or min(shape) < 1 or shape[-1] not in (1, 3, 4):
-        raise InfDiTError(
-            f"expected an image of shape (batch, height, width, 1, 3 or 4 channels); got {shape}"
-        )

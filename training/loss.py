@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from infdit_core.edm import loss_weight
+from infdit_core.edm import SIGMA_DATA
 from infdit_core.network.config import LR_SCALE
 from training.data import local_variance
 
 EXACT = 1.5 / 127.5
 """Error in [-1, 1] below which flat places need not be better: one and a half levels."""
+
+
+def loss_weight(sigma: Tensor) -> Tensor:
+    """The EDM weight of `|D - x0|²`: equal loss at every noise level at initialisation."""
+    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
 
 
 def edm_losses(error: Tensor, sigma: Tensor) -> Tensor:

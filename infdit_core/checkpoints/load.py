@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..network.config import InfDiTConfig
 from ..network.model import InfDiT
@@ -74,6 +75,20 @@ def check(checkpoint: Checkpoint, config: InfDiTConfig) -> list[str]:
     return [key for key in checkpoint.shapes if key not in needed and not is_known_extra(key)]
 
 
+def read_network(checkpoint: Checkpoint) -> tuple[InfDiTConfig, dict[str, Tensor]]:
+    """The hyper-parameters and the state dict of `InfDiT`; tells the log of unknown tensors.
+
+    Raises:
+        CheckpointError: not a complete Inf-DiT checkpoint.
+    """
+    config = read_config(checkpoint)
+    if unknown := check(checkpoint, config):
+        some = ", ".join(unknown[:_MAX_LISTED])
+        name = checkpoint.path.name
+        logger.warning("%s has %d tensors unknown to Inf-DiT: %s", name, len(unknown), some)
+    return config, network_state_dict(checkpoint, config)
+
+
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> InfDiT:
@@ -85,16 +100,8 @@ def load_model(
         CheckpointError: not a complete Inf-DiT checkpoint.
     """
     with open_checkpoint(path) as checkpoint:
-        config = read_config(checkpoint)
-        if unknown := check(checkpoint, config):
-            logger.warning(
-                "%s has %d tensors that Inf-DiT does not know: %s",
-                checkpoint.path.name,
-                len(unknown),
-                ", ".join(unknown[:_MAX_LISTED]),
-            )
+        config, state = read_network(checkpoint)
         model = InfDiT(config, dtype=dtype, device="meta")
-        state = network_state_dict(checkpoint, config)
         state = {key: tensor.to(device, dtype) for key, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -153,8 +153,8 @@ def inspect(args: argparse.Namespace) -> int:
             "block_px": config.block_px,
             "parameters": f"{count:,}",
             "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in dtypes.items()),
-            "clip image tower": _yes(clip + "visual.proj" in checkpoint.shapes),
-            "clip text tower": _yes(clip + "ln_final.weight" in checkpoint.shapes),
+            "clip image tower": "yes" if clip + "visual.proj" in checkpoint.shapes else "no",
+            "clip text tower": "yes" if clip + "ln_final.weight" in checkpoint.shapes else "no",
             "unknown tensors": ", ".join(unknown) or "none",
             **checkpoint.metadata,
         }
@@ -249,10 +249,6 @@ def _device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name} cannot be used here: {reason}") from error
     return device
-
-
-def _yes(condition: bool) -> str:
-    return "yes" if condition else "no"
 
 
 def _say(line: str) -> None:

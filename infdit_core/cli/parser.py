@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.load import BUNDLED_FOLDER
 from ..network.config import DTYPES
@@ -13,7 +16,6 @@ from ..sampling import PRESETS, SOLVERS
 from .commands import convert_file, inspect, plan_table, upscale_files
 
 _BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
-_MAX_SEED = 2**64 - 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -241,23 +243,18 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
-    return share
+def _number(kind: Callable, fits: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """What reads an int or a float, and says what was `expected` where it does not fit."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) > _MAX_SEED:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^64 - 1, got {text!r}")
-    return int(text)
+_share = _number(float, lambda n: 0 < n <= 1, "a number above 0 and up to 1")
+_positive = _number(int, lambda n: n >= 1, "a whole number of at least 1")
+_seed = _number(int, lambda n: 0 <= n <= 2**64 - 1, "a number from 0 to 2^64 - 1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import psutil
 import torch
 
 from .planner import SAMPLER_PICTURES, PlanError, gigabytes
@@ -57,25 +58,9 @@ def require_bytes(needed: float, what: str, expected: str) -> None:
 
 
 def available_bytes() -> float:
-    """RAM and swap that can be had now, in a container its share; infinite if unknown."""
-    return min(_system_bytes(), _container_bytes())
-
-
-def _system_bytes() -> float:
-    try:
-        import psutil  # ComfyUI needs it; the command line works without
-    except ImportError:
-        return _linux_bytes()
-    return psutil.virtual_memory().available + psutil.swap_memory().free
-
-
-def _linux_bytes() -> float:
-    try:
-        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
-        return math.inf
-    kib = {name: int(value) for name, value, *_ in rows}
-    return 1024.0 * (kib["MemAvailable:"] + kib["SwapFree:"])
+    """RAM and swap that can be had now, in a container its share."""
+    system = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min(system, _container_bytes())
 
 
 def _container_bytes() -> float:

@@ -11,10 +11,11 @@ import zlib
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import InfDiTError
@@ -23,9 +24,6 @@ from ..memory.planner import PlanError
 from ..whole_files import whole_file
 from . import png16, tiff
 from .metadata import Metadata, png_texts, read_metadata, save_options
-
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -75,9 +73,8 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
             pixel format of more than 16 bits.
     """
     path = Path(path)
-    pillow = _pillow()
     try:
-        with pillow.open(path, formats=_READ_BY_PILLOW) as image:
+        with Image.open(path, formats=_READ_BY_PILLOW) as image:
             _require_memory(image)
             image.load()
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
@@ -90,7 +87,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
         values = _values(_upright(pixels, orientation))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; expected a picture") from None
-    except (pillow.DecompressionBombError, PlanError, MemoryError) as error:
+    except (Image.DecompressionBombError, PlanError, MemoryError) as error:
         reason = str(error) or "not enough memory"
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
     except _DAMAGE as error:
@@ -161,7 +158,7 @@ def write_image(
                 png16.write(file, values.astype(kept), info.icc_profile, info.metadata.exif, texts)
             else:
                 options = options | save_options(kind, info.metadata)
-                picture, encoded = _pillow().fromarray(values.astype(kept)), BytesIO()
+                picture, encoded = Image.fromarray(values.astype(kept)), BytesIO()
                 picture.save(encoded, format=kind, icc_profile=info.icc_profile, **options)
                 # Pillow itself overlooks a write that a full disk cuts short.
                 file.write(encoded.getbuffer())
@@ -169,14 +166,14 @@ def write_image(
         raise ImageError(f"{path} cannot be written: {error}") from error
 
 
-def _require_memory(image: PILImage.Image) -> None:
+def _require_memory(image: Image.Image) -> None:
     """Refuse a picture whose pixels as float32 cannot fit, before any of them is decoded."""
     width, height = image.size
     needed = width * height * len(image.getbands()) * np.dtype(np.float32).itemsize
     require_bytes(needed, f"{width}×{height} px", "a smaller picture")
 
 
-def _pixels(image: PILImage.Image) -> np.ndarray:
+def _pixels(image: Image.Image) -> np.ndarray:
     """(H, W, C) uint8 or uint16."""
     if image.mode.startswith("I;16"):
         return np.array(image).astype(np.uint16)[..., None]
@@ -209,12 +206,3 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return pixels
-
-
-def _pillow() -> Any:
-    """The module PIL.Image. The engine itself needs no Pillow, so it is imported here."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImageError("picture files need Pillow: pip install pillow") from error
-    return Image

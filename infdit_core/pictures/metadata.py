@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
-    from PIL.PngImagePlugin import PngInfo
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 _KEPT = {
@@ -52,7 +51,7 @@ class Metadata:
     """Texts of a PNG file by keyword."""
 
 
-def read_metadata(image: PILImage.Image) -> Metadata:
+def read_metadata(image: Image.Image) -> Metadata:
     """What is worth keeping; nothing where it is damaged, which is no fault of the pixels."""
     try:
         return Metadata(_exif(image), _xmp(image), _text(image))
@@ -75,8 +74,6 @@ def save_options(kind: str, metadata: Metadata) -> dict[str, Any]:
 
 def png_texts(metadata: Metadata) -> PngInfo:
     """The texts and XMP as chunks of a PNG file."""
-    from PIL.PngImagePlugin import PngInfo
-
     info = PngInfo()
     for key, value in metadata.text.items():
         info.add_text(key, value)
@@ -85,7 +82,7 @@ def png_texts(metadata: Metadata) -> PngInfo:
     return info
 
 
-def _exif(image: PILImage.Image) -> bytes | None:
+def _exif(image: Image.Image) -> bytes | None:
     exif = image.getexif()
     for tag in set(exif) - _KEPT:
         del exif[tag]
@@ -97,14 +94,14 @@ def _exif(image: PILImage.Image) -> bytes | None:
     return exif.tobytes()
 
 
-def _xmp(image: PILImage.Image) -> bytes | None:
+def _xmp(image: Image.Image) -> bytes | None:
     xmp = image.info.get("xmp") or image.info.get(_XMP_PNG_KEY)
     if isinstance(xmp, str):
         xmp = xmp.encode()
     return _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) else None
 
 
-def _text(image: PILImage.Image) -> dict[str, str]:
+def _text(image: Image.Image) -> dict[str, str]:
     texts = getattr(image, "text", {}) if image.format == "PNG" else {}
     kept = {key: str(value) for key, value in texts.items() if key != _XMP_PNG_KEY}
     return kept if sum(map(len, kept.values())) <= _MAX_TEXT_BYTES else {}

@@ -151,7 +151,7 @@ def check_image(image: Tensor) -> None:
     shape = tuple(image.shape)
     if image.ndim != 4 or shape[-1] not in (1, 3, 4) or min(shape) < 1:
         raise PreparationError(
-            "expected a picture of shape (batch, height, width, 1, 3 or 4 channels) with at least"
+            "expected an image of shape (batch, height, width, 1, 3 or 4 channels) with at least"
             f" one pixel, got {shape}"
         )
     if not image.is_floating_point():

@@ -20,6 +20,8 @@ from .rules import SD15, SDXL, SDXL_TURBO, Family, Ratios
 
 log = logging.getLogger(__name__)
 
+_ALIASES = ["hidiffusion", "rau-net", "raunet", "msw-msa", "high resolution",
+            "deep shrink", "hires fix", "duplicated objects"]  # fmt: skip
 _AUTO, _CUSTOM = "auto", "custom"
 _STEPS, _SIGMA = "sampler steps", "sigma percent"
 _PRESETS = {family.name: family for family in (SDXL, SDXL_TURBO, SD15)}
@@ -121,16 +123,7 @@ class HiDiffusion(io.ComfyNode):
                     " such as euler_ancestral, give the best pictures."
                 )
             ],
-            search_aliases=[
-                "hidiffusion",
-                "rau-net",
-                "raunet",
-                "msw-msa",
-                "high resolution",
-                "deep shrink",
-                "hires fix",
-                "duplicated objects",
-            ],
+            search_aliases=_ALIASES,
         )
 
     @classmethod

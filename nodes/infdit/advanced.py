@@ -9,12 +9,13 @@ from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.host import require_memory
 from ...infdit_core.pictures.colour_fix import fix_colours
 from ...infdit_core.pictures.prepare import Canvas, prepare, target_size
-from ..common import CATEGORY, CanvasType, Guidance, named_errors, require
+from ..common import CATEGORY, CanvasType, named_errors, require
 from .comfy_model import conditioning_of
 from .inputs import (
     check_inputs,
     colour_fix_input,
     longest_edge_input,
+    picture_inputs,
     picture_output,
     picture_outputs,
 )
@@ -30,23 +31,7 @@ class InfDiTConditioning(io.ComfyNode):
             description="Prepares pictures for upscaling with KSampler or SamplerCustomAdvanced:"
             " sampler heun, scheduler karras, 20 steps, cfg 1 is what Inf-DiT Upscale does.",
             inputs=[
-                io.Model.Input("model", tooltip="From Load Inf-DiT Checkpoint."),
-                io.Image.Input("image", tooltip="The pictures to upscale, of any size."),
-                Guidance.Input(
-                    "guidance",
-                    optional=True,
-                    tooltip="From Inf-DiT CLIP Guidance. Left out, the CLIP tower of the model"
-                    " file describes the picture, if the model was trained with one.",
-                ),
-                io.Float.Input(
-                    "upscale_by",
-                    default=4.0,
-                    min=1.0,
-                    max=8.0,
-                    step=0.05,
-                    tooltip="How many times wider and higher the result is. The model was trained"
-                    " for 4; chain two samplings for more.",
-                ),
+                *picture_inputs("The model was trained for 4; chain two samplings for more."),
                 longest_edge_input(),
             ],
             outputs=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 
 import comfy.conds
 import comfy.latent_formats
@@ -19,8 +20,7 @@ import torch
 from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
-from ...infdit_core.checkpoints.load import check, read_config
-from ...infdit_core.checkpoints.names import network_state_dict
+from ...infdit_core.checkpoints.load import read_network
 from ...infdit_core.memory.adaptive import Adaptive
 from ...infdit_core.memory.planner import Plan, Workload, plans
 from ...infdit_core.network.attention import sdpa
@@ -66,13 +66,7 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
     Raises:
         CheckpointError: the file is not an Inf-DiT model; the message says why.
     """
-    config = read_config(checkpoint)
-    if unknown := check(checkpoint, config):
-        logging.warning(
-            "Inf-DiT: %s has %d unknown keys: %s", checkpoint.path, len(unknown), unknown
-        )
-    state_dict = network_state_dict(checkpoint, config)
-
+    config, state_dict = read_network(checkpoint)
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     supported = InfDiTModelConfig.supported_inference_dtypes
@@ -190,19 +184,9 @@ def plan_evaluation(
     net: InfDiT, batch: int, height: int, width: int, dtype, device, *, residual: bool = False
 ) -> list[Plan]:
     """Plans for an evaluation; weights and pictures are ComfyUI's to count."""
-    return plans(
-        Workload(
-            net.config,
-            height,
-            width,
-            dtype,
-            batch,
-            torch.device(device).type,
-            weights=False,
-            pictures=False,
-            residual=residual,
-        )
-    )
+    kind = torch.device(device).type
+    work = Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=False)
+    return plans(replace(work, residual=residual))
 
 
 class PlannedRun(Run):

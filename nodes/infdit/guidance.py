@@ -6,7 +6,8 @@ import torch
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import CATEGORY, Clip, Guidance, named_errors, require, require_image
+from ...infdit_core.pictures.prepare import check_image
+from ..common import CATEGORY, Clip, Guidance, named_errors, require
 from .clip import PatchedClip
 
 
@@ -67,7 +68,7 @@ class InfDiTGuidance(io.ComfyNode):
         negative: str,
         text_strength: float,
     ) -> io.NodeOutput:
-        require_image(image)
+        check_image(require(image, torch.Tensor, "expected an IMAGE"))
         if clip is None:
             raise InfDiTError(
                 "expected a CLIP tower; the model file has none. Connect Load Inf-DiT CLIP instead."

@@ -8,10 +8,32 @@ from comfy_api.latest import io
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.pictures.colour_fix import COLOUR_FIXES
 from ...infdit_core.pictures.prepare import check_image
-from ..common import require, require_image
+from ..common import Guidance, require
 from .comfy_model import CLIP_ATTACHMENT, require_infdit
 
 _MAX_EDGE_PX = 32768
+
+
+def picture_inputs(above_4: str) -> list:
+    """Model, pictures, guidance and the factor; `above_4` says what to do for a larger one."""
+    return [
+        io.Model.Input("model", tooltip="From Load Inf-DiT Checkpoint."),
+        io.Image.Input("image", tooltip="The pictures to upscale, of any size."),
+        Guidance.Input(
+            "guidance",
+            optional=True,
+            tooltip="From Inf-DiT CLIP Guidance. Left out, the CLIP tower of the model"
+            " file describes the picture, if the model was trained with one.",
+        ),
+        io.Float.Input(
+            "upscale_by",
+            default=4.0,
+            min=1.0,
+            max=8.0,
+            step=0.05,
+            tooltip=f"How many times wider and higher the result is. {above_4}",
+        ),
+    ]
 
 
 def longest_edge_input() -> io.Int.Input:
@@ -53,8 +75,7 @@ def picture_outputs() -> list:
 
 def check_inputs(model, image: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor | None:
     """Refuse what cannot work, and return the embeddings (B, vector_size) that the model needs."""
-    require_image(image)
-    check_image(image)
+    check_image(require(image, torch.Tensor, "expected an IMAGE"))
     require_infdit(model)
     size = model.model.infdit_config.vector_size
     if size == 0:

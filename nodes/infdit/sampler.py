@@ -17,12 +17,13 @@ from ...infdit_core.errors import InfDiTError
 from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
 from ...infdit_core.sampling import PRESETS, SOLVERS, Step, check_sigmas
 from ...infdit_core.upscale import upscale
-from ..common import CATEGORY, Guidance, named_errors, require
+from ..common import CATEGORY, named_errors, require
 from .comfy_model import PLAN, PROGRESS, conditioning_of
 from .inputs import (
     check_inputs,
     colour_fix_input,
     longest_edge_input,
+    picture_inputs,
     picture_output,
     picture_outputs,
 )
@@ -40,23 +41,7 @@ class InfDiTSampler(io.ComfyNode):
             category=CATEGORY,
             description="Upscales pictures of any size with Inf-DiT, without tiles and seams.",
             inputs=[
-                io.Model.Input("model", tooltip="From Load Inf-DiT Checkpoint."),
-                io.Image.Input("image", tooltip="The pictures to upscale, of any size."),
-                Guidance.Input(
-                    "guidance",
-                    optional=True,
-                    tooltip="From Inf-DiT CLIP Guidance. Left out, the CLIP tower of the model"
-                    " file describes the picture, if the model was trained with one.",
-                ),
-                io.Float.Input(
-                    "upscale_by",
-                    default=4.0,
-                    min=1.0,
-                    max=8.0,
-                    step=0.05,
-                    tooltip="How many times wider and higher the result is. Above 4 the picture"
-                    " goes through the model twice.",
-                ),
+                *picture_inputs("Above 4 the picture goes through the model twice."),
                 io.Int.Input(
                     "seed",
                     default=0,

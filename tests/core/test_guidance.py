@@ -58,7 +58,6 @@ def test_text_guidance_follows_the_formula(whole_clip, tmp_path):
         {k: v.contiguous() for k, v in whole_clip.state_dict().items()}, tmp_path / "c.safetensors"
     )
     guide = ClipGuide.from_state_dict(read_clip(tmp_path / "c.safetensors"), head_width=16)
-    assert guide.has_text
     image = torch.rand(3, 70, 90, 3)
     tokens = open_clip.get_tokenizer("ViT-L-14")(["clear", "blur"])
     with torch.no_grad():
@@ -73,7 +72,6 @@ def test_text_guidance_follows_the_formula(whole_clip, tmp_path):
 
 def test_text_without_its_tower_says_what_is_needed(guide):
     image = torch.rand(1, 30, 30, 3)
-    assert not guide.has_text
     guide.guide(image, "", "", 2.0)
     with pytest.raises(GuidanceError, match="needs the whole open_clip ViT-L-14"):
         guide.guide(image, "clear", "", 2.0)
@@ -113,4 +111,5 @@ def test_the_released_model_has_no_text_tower():
         "text_projection": torch.zeros(32, 16),
         "logit_scale": torch.zeros(()),
     }
-    assert not ClipGuide.from_state_dict(tensors, head_width=HEAD_WIDTH).has_text
+    with pytest.raises(GuidanceError, match="the text tower is missing"):
+        ClipGuide.from_state_dict(tensors, head_width=HEAD_WIDTH).encode_text(["a"])

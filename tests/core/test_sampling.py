@@ -10,7 +10,6 @@ from infdit_core.edm import (
     SIGMA_MAX,
     SIGMA_MIN,
     edm_sigmas,
-    loss_weight,
     partial_sigmas,
     preconditioning,
 )
@@ -70,7 +69,6 @@ def test_preconditioning_is_that_of_the_paper():
     torch.testing.assert_close(c_out, 0.5 * sigma / (sigma**2 + 0.25).sqrt())
     torch.testing.assert_close(c_in, 1 / (sigma**2 + 0.25).sqrt())
     torch.testing.assert_close(c_noise, sigma.log() / 4)
-    torch.testing.assert_close(loss_weight(sigma), 1 / c_out**2)
 
 
 @pytest.mark.parametrize("solver", list(SOLVERS))

@@ -14,7 +14,7 @@ from tools.comfy_server import child_environment
 ROOT = Path(__file__).resolve().parents[2]
 
 SECONDS = 0.3
-ENGINE_NEEDS = {"einops", "numpy", "safetensors"}
+ENGINE_NEEDS = {"einops", "numpy", "psutil", "safetensors"}
 
 NEW_MODULES = """
 import json, sys, time

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from infdit_core.edm import loss_weight
-from training.loss import EXACT, border_jumps, edm_losses, local_weight, objective
+from training.loss import EXACT, border_jumps, edm_losses, local_weight, loss_weight, objective
 
 SIGMA = torch.tensor([0.1, 2.0])
 
