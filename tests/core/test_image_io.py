@@ -1,7 +1,6 @@
 """Picture files: every pixel format that users have, exactly."""
 
 import struct
-import sys
 import zlib
 
 import numpy as np
@@ -242,9 +241,3 @@ def test_deep_pictures_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="32 bits per channel; expected 8 or 16"):
         read_image(tmp_path / "a.tif")
-
-
-def test_without_pillow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImageError, match="need Pillow: pip install pillow"):
-        read_image(tmp_path / "a.png")
