@@ -1,4 +1,9 @@
-"""Broken and hostile files get a clear error, soon and in little memory, and have no effect."""
+"""Broken and hostile files get a clear error, soon and in little memory, and have no effect.
+
+More of the inputs by chance, from the seed INFDIT_SEED on:
+
+    INFDIT_SEED=1000000 python3 tools/dev.py test -m slow tests/reliability/test_hostile_files.py
+"""
 
 import io
 import json
@@ -49,12 +54,23 @@ def refused(path: Path, data: bytes) -> str:
     return message
 
 
-@pytest.mark.parametrize(("target", "count"), [("checkpoint", 800), ("picture", 300)])
+LONG = (pytest.mark.slow, pytest.mark.timeout(7200))
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        ("checkpoint", 800),
+        ("picture", 300),
+        pytest.param("checkpoint", 100_000, marks=LONG),
+        pytest.param("picture", 50_000, marks=LONG),
+    ],
+)
 def test_any_damage(folder, target, count):
     make, read, error, limit = fuzz.TARGETS[target]
     path = folder / "input"
     with fuzz.bounded_memory():
-        for seed in range(count):
+        for seed in range(fuzz.FIRST_SEED, fuzz.FIRST_SEED + count):
             kind, data = make(Random(seed))
             path.write_bytes(data)
             try:
