@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import aiohttp
 import pytest
 
+from tests.reliability.workflows import workflow
 from tools.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.comfy
 
 STEPS = 6  # of the preset draft
+MODEL = "infdit_small"
 TEXT, PREVIEW_WITH_METADATA = 3, 4  # binary messages of the websocket
 LIMIT_SECONDS = 240
 
@@ -29,30 +31,6 @@ class Run:
     texts: list[str] = field(default_factory=list)
     cancelled_after: float = 0.0
     """Seconds from the request to cancel until the workflow had stopped, if it was cancelled."""
-
-
-def workflow(seed: int, width: int = 128) -> dict:
-    def node(kind: str, **inputs) -> dict:
-        return {"class_type": kind, "inputs": inputs}
-
-    return {
-        "load": node(
-            "InfDiTCheckpointLoader",
-            model_name="infdit_small.safetensors",
-            weight_dtype="default",
-        ),
-        "grey": node("EmptyImage", width=width, height=64, batch_size=1, color=0x808080),
-        "upscale": node(
-            "InfDiTSampler",
-            model=["load", 0],
-            image=["grey", 0],
-            upscale_by=4.0,
-            seed=seed,
-            steps=20,
-            preset="draft",
-        ),
-        "save": node("SaveImage", images=["upscale", 0], filename_prefix="running"),
-    }
 
 
 async def listen(server: ComfyServer, graph: dict, cancel: bool) -> Run:
@@ -90,7 +68,7 @@ def watched(server: ComfyServer, graph: dict, cancel: bool = False) -> Run:
 
 @pytest.fixture(scope="module")
 def run(comfy_server: ComfyServer) -> Run:
-    return watched(comfy_server, workflow(seed=1))
+    return watched(comfy_server, workflow(1, MODEL, 128, 64))
 
 
 def test_the_preview_changes_with_every_step(run):
@@ -109,7 +87,7 @@ def test_the_text_says_the_plan_then_steps_and_time_left(run):
 
 
 def test_cancelling_stops_within_a_second_and_the_next_run_works(comfy_server, run):
-    cancelled = watched(comfy_server, workflow(seed=2, width=256), cancel=True)
+    cancelled = watched(comfy_server, workflow(2, MODEL, 256, 64), cancel=True)
     assert cancelled.events[-1] == "execution_interrupted"
     assert cancelled.cancelled_after < 1
 
@@ -117,5 +95,5 @@ def test_cancelling_stops_within_a_second_and_the_next_run_works(comfy_server, r
 def test_the_model_stays_loaded_between_runs(comfy_server, run):
     loads = comfy_server.log().count("Requested to load InfDiTModel")
     assert loads
-    assert watched(comfy_server, workflow(seed=3, width=64)).events[-1] == "execution_success"
+    assert watched(comfy_server, workflow(3, MODEL, 64, 64)).events[-1] == "execution_success"
     assert comfy_server.log().count("Requested to load InfDiTModel") == loads
