@@ -1,11 +1,9 @@
 """Pickles: where the tensors lie, and that nothing a pickle asks for is done."""
 
 import io
-import os
 import pickle
 import struct
 import sys
-import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -14,10 +12,7 @@ import pytest
 import torch
 
 from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from infdit_core.checkpoints.load import check, read_config
 from infdit_core.checkpoints.pickle_reader import MAX_PICKLE_OPCODES, read_pickle
-
-GOLDEN_PT = Path(__file__).parents[1] / "golden" / "xs" / "mp_rank_00_model_states.pt"
 
 
 class _Storage:
@@ -81,80 +76,6 @@ def test_geometry_outside_the_storage_is_refused(tmp_path, numel, offset, shape,
     _save_view(tmp_path / "a.pt", numel, offset, shape, stride)
     with pytest.raises(CheckpointError, match=r"tensor x of shape .* does not fit its storage"):
         open_checkpoint(tmp_path / "a.pt")
-
-
-# Hostile pickles
-
-
-class Bait:
-    """Leaves a file behind when anything of it is called."""
-
-    trap: Path
-
-    def __new__(cls, *args):
-        if args == ("new",):
-            cls.trap.touch()
-        return super().__new__(cls)
-
-    def __init__(self, *args):
-        if args == ("init",):
-            self.trap.touch()
-
-    def __setstate__(self, state):
-        self.trap.touch()
-
-    def append(self, item):
-        self.trap.touch()
-
-    def __setitem__(self, key, value):
-        self.trap.touch()
-
-
-HOSTILE = {
-    "GLOBAL REDUCE os.system": b"cos\nsystem\n(V{command}\ntR",
-    "GLOBAL REDUCE exec": b"cbuiltins\nexec\n(V{code}\ntR",
-    "STACK_GLOBAL": b"\x8c\x08builtins\x8c\x04exec\x93(V{code}\ntR",
-    "INST": b"(V{command}\nios\nsystem\n",
-    "OBJ": b"(cos\nsystem\nV{command}\no",
-    "INST class": b"(Vinit\niinfdit_bait\nBait\n",
-    "NEWOBJ": b"cinfdit_bait\nBait\n(Vnew\nt\x81",
-    "NEWOBJ_EX": b"cinfdit_bait\nBait\n(Vnew\nt}\x92",
-    "BUILD": b"cinfdit_bait\nBait\n)\x81}b",
-    "APPEND": b"cinfdit_bait\nBait\n)\x81Na",
-    "APPENDS": b"cinfdit_bait\nBait\n)\x81(Ne",
-    "SETITEM": b"cinfdit_bait\nBait\n)\x81NNs",
-    "SETITEMS": b"cinfdit_bait\nBait\n)\x81(NNu",
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_pickle_has_no_effect(tmp_path, monkeypatch, kind):
-    trap = tmp_path / "trap"
-    module = types.ModuleType("infdit_bait")
-    module.Bait = Bait
-    monkeypatch.setitem(sys.modules, "infdit_bait", module)
-    monkeypatch.setattr(Bait, "trap", trap, raising=False)
-    monkeypatch.chdir(tmp_path)
-    payload = HOSTILE[kind].replace(b"{command}", b"echo > trap")
-    payload = payload.replace(b"{code}", b"open('trap', 'w')")
-
-    pickle.loads(payload + b".")
-    assert trap.exists(), "the payload must be a live one"
-    trap.unlink()
-
-    def plant(name: str, data: bytes) -> bytes:
-        if not name.endswith("data.pkl"):
-            return data
-        return data[:-1] + b"Vevil\n" + payload + b"s."  # another entry of the dictionary
-
-    with zipfile.ZipFile(GOLDEN_PT) as old, zipfile.ZipFile(tmp_path / "evil.pt", "w") as new:
-        for name in old.namelist():
-            new.writestr(name, plant(name, old.read(name)))
-    with open_checkpoint(tmp_path / "evil.pt") as checkpoint:
-        assert check(checkpoint, read_config(checkpoint)) == []
-        assert sum(checkpoint.tensor(key).numel() for key in checkpoint.shapes) > 300_000
-    assert not trap.exists()
-    assert os.listdir(tmp_path) == ["evil.pt"]
 
 
 def test_pickle_cannot_name_modules_into_being(tmp_path, monkeypatch):

@@ -26,8 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:::PIL"),  # what Pillow says about damage
 ]
 
-COMMAND = b"touch executed"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -119,21 +117,16 @@ def test_the_watch_sees_what_it_forbids(folder, act):
     (folder / "written").unlink(missing_ok=True)
 
 
-CALLING = {"REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4",
-           "GLOBAL", "STACK_GLOBAL", "PERSID", "BINPERSID"}  # fmt: skip
-"""Opcodes that look up, call or hand over to code, of all that Python's pickle has."""
+ACTING = {"REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4",
+          "GLOBAL", "STACK_GLOBAL", "PERSID", "BINPERSID", "APPEND", "APPENDS", "SETITEM",
+          "SETITEMS"}  # fmt: skip
+"""Opcodes that look up, call, change or hand over to code, of all that Python's pickle has."""
 
 
-def test_every_calling_opcode_has_its_payload():
-    named = {op.name for op in pickletools.opcodes if op.name in CALLING}
-    used = set()
-    for payload in hostile.CALLS.values():
-        program = payload.replace(b"{command}", COMMAND.ljust(7)) + b"."
-        # lengths of binary strings fit the placeholder only
-        program = program if b"X\x07" not in payload else payload.replace(b"{command}", b"touch a")
-        used |= {op.name for op, _, _ in pickletools.genops(program.rstrip(b".") + b".")}
-    assert named == CALLING
-    assert named <= used
+def test_every_acting_opcode_has_its_payload():
+    programs = (p.replace(b"{command}", b"touch a") + b"." for p in hostile.CALLS.values())
+    used = {opcode.name for program in programs for opcode, _, _ in pickletools.genops(program)}
+    assert used >= ACTING
 
 
 @pytest.mark.parametrize("name", hostile.CALLS)
@@ -148,8 +141,10 @@ def test_nothing_that_a_pickle_calls_is_called(folder, name, where):
     }[where]
     path = folder / "input"
     path.write_bytes(hostile.with_pickle(pickled))
+    before = list(sys.path)
     message = fuzz.attempt(fuzz.load, path, CheckpointError)
     assert os.listdir(folder) == ["input"]
+    assert sys.path == before
     assert (message is None) == (where == "beside the weights")
 
 
