@@ -6,6 +6,7 @@ INFDIT_GOLDEN; its cases are marked `extra`:
     INFDIT_GOLDEN=FOLDER python3 tools/dev.py test -m "extra and not slow and not gpu"
 """
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,18 @@ def random_condition(model: InfDiT, rows: int, columns: int, batch: int = 1, see
         torch.randn(batch, model.config.vector_size, generator=generator),
     )
     return torch.randn(batch, 3, h, w, generator=generator), cond
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, cell: int) -> None:
+    """Let the n-th layer call from now on fail for want of memory."""
+    calls, layer = itertools.count(1), InfDiT.layer
+
+    def fail(model, *args):
+        if next(calls) == cell:
+            raise torch.OutOfMemoryError("injected")
+        return layer(model, *args)
+
+    monkeypatch.setattr(InfDiT, "layer", fail)
 
 
 def save_bf16_run(path: Path) -> None:

@@ -3,8 +3,8 @@
 import pickle
 import re
 import shutil
-import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,19 +22,17 @@ from infdit_core.checkpoints.names import (
 from infdit_core.checkpoints.pickle_reader import read_index
 from infdit_core.network.config import RELEASED, InfDiTConfig
 from infdit_core.network.model import InfDiT
-from tests.goldens import golden_cases, golden_path, save_bf16_run
+from tests.goldens import TINY, golden_cases, golden_path, save_bf16_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PT = "mp_rank_00_model_states.pt"
-XS = InfDiTConfig(
-    hidden_size=64,
-    num_layers=4,
-    num_heads=4,
-    patch_size=4,
-    block_patches=8,
-    mlp_size=256,
-    vector_size=16,
-)
+XS = replace(TINY, hidden_size=64, num_layers=4, num_heads=4, mlp_size=256, vector_size=16)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    """The tensors of a whole checkpoint."""
+    return load_file(GOLDEN / "xs" / "model.safetensors")
 
 
 def read_all(path: Path) -> tuple[InfDiTConfig, dict[str, torch.Tensor]]:
@@ -44,9 +42,9 @@ def read_all(path: Path) -> tuple[InfDiTConfig, dict[str, torch.Tensor]]:
         return config, {key: checkpoint.tensor(key) for key in checkpoint.shapes}
 
 
-def repack(source: Path, target: Path, method: int = zipfile.ZIP_STORED):
+def repack(source: Path, target: Path):
     """Copy a .pt archive entry by entry, so without torch's alignment."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
 
@@ -74,8 +72,7 @@ def test_pt_equals_safetensors():
 
 
 @pytest.mark.parametrize("wrap", ["state_dict", "model", "module", None])
-def test_layouts(tmp_path, wrap):
-    state = load_file(GOLDEN / "xs" / "model.safetensors")
+def test_layouts(state, tmp_path, wrap):
     content = state if wrap is None else {wrap: state, "rng": torch.get_rng_state(), "step": 3}
     torch.save(content, tmp_path / "model.ckpt")
     _, tensors = read_all(tmp_path / "model.ckpt")
@@ -143,8 +140,7 @@ def test_load_model():
         assert torch.equal(half.state_dict()[key], value.bfloat16()), key
 
 
-def test_unknown_keys_are_returned_and_logged(tmp_path, caplog):
-    state = load_file(GOLDEN / "xs" / "model.safetensors")
+def test_unknown_keys_are_returned_and_logged(state, tmp_path, caplog):
     state["ema.decay"] = torch.zeros(1)
     save_file(state, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path / "model.safetensors") as checkpoint:
@@ -153,8 +149,7 @@ def test_unknown_keys_are_returned_and_logged(tmp_path, caplog):
     assert "ema.decay" in caplog.text
 
 
-def test_clip_state_dict(tmp_path):
-    state = load_file(GOLDEN / "xs" / "model.safetensors")
+def test_clip_state_dict(state, tmp_path):
     with open_checkpoint(GOLDEN / "xs" / PT) as checkpoint:
         assert clip_state_dict(checkpoint) is None
     state["image_encoder.model.visual.proj"] = torch.ones(4, 2)
@@ -201,7 +196,7 @@ def test_released_key_set():
 
 @pytest.mark.parametrize("vector_size", [16, 0])
 def test_names_map_back_and_forth(vector_size):
-    config = InfDiTConfig(**{**vars(XS), "vector_size": vector_size})
+    config = replace(XS, vector_size=vector_size)
     state = {key: torch.randn(shape) for key, shape in release_shapes(config).items()}
     checkpoint = Checkpoint(
         Path("x"), release_shapes(config), dict.fromkeys(state, torch.float32), state.__getitem__
@@ -268,22 +263,12 @@ BAD_FILES = {
     "no dictionary": ("a.pt", _zip(data_pkl=pickle.dumps([1])), "holds no dictionary"),
     "TorchScript": ("a.pt", _zip(data_pkl=b"N.", constants_pkl=b"N."), "TorchScript"),
     "big-endian": ("a.pt", _zip(data_pkl=b"N.", byteorder=b"big"), "big-endian"),
-    "compressed": (
-        "a.pt",
-        lambda path: repack(GOLDEN / "xs" / PT, path, method=zipfile.ZIP_DEFLATED),
-        "compressed or encrypted; expected the uncompressed",
-    ),
     "truncated safetensors": (
         "a.safetensors",
         _truncated("model.safetensors", 700_000),
         "700000 bytes .*expected a whole",
     ),
     "garbage safetensors": ("a.safetensors", _write(b"\xff\x00" * 100), "safetensors header"),
-    "huge header": (
-        "a.safetensors",
-        _write(struct.pack("<Q", 2**62) + b"{}"),
-        "safetensors header",
-    ),
     "LoRA": ("a.pt", _tensors("unet.down.lora_up.weight"), "is a LoRA.*expected an Inf-DiT"),
     "LoRA safetensors": (
         "a.safetensors",
@@ -318,8 +303,7 @@ def test_bad_file(tmp_path, kind):
     assert name in str(caught.value)
 
 
-def test_missing_and_wrong_tensors_are_listed(tmp_path):
-    state = load_file(GOLDEN / "xs" / "model.safetensors")
+def test_missing_and_wrong_tensors_are_listed(state, tmp_path):
     del state["time_embed.mlp.2.bias"]
     state["mixins.final_layer.linear.bias"] = torch.zeros(49)
     state["transformer.layers.1.attention.dense.bias"] = torch.zeros(64, dtype=torch.int8)
@@ -334,8 +318,7 @@ def test_missing_and_wrong_tensors_are_listed(tmp_path):
     ]
 
 
-def test_long_lists_are_cut(tmp_path):
-    state = load_file(GOLDEN / "xs" / "model.safetensors")
+def test_long_lists_are_cut(state, tmp_path):
     sized = ("patch_embed", "position_embedding", "re_pos_embed", ".0.")
     kept = {key: tensor for key, tensor in state.items() if any(part in key for part in sized)}
     save_file(kept, tmp_path / "model.safetensors")
@@ -345,8 +328,7 @@ def test_long_lists_are_cut(tmp_path):
         load_model(tmp_path / "model.safetensors")
 
 
-def test_missing_size_tensor(tmp_path):
-    state = load_file(GOLDEN / "xs" / "model.safetensors")
+def test_missing_size_tensor(state, tmp_path):
     del state["mixins.adaln_layer.re_pos_embed"]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"no tensor mixins\.adaln_layer\.re_pos_embed"):

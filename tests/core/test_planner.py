@@ -21,11 +21,10 @@ from infdit_core.memory.planner import (
     weight_bytes,
 )
 from infdit_core.network.config import RELEASED
-from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.network.run import Run
 from infdit_core.sampling import sample
-from tests.goldens import golden_model, random_condition
+from tests.goldens import fail_at, golden_model, random_condition
 
 SCHEDULES = [
     Full(),
@@ -98,21 +97,6 @@ def test_what_fits_nowhere_is_refused_with_the_least_that_is_needed():
         plan(RELEASED, 2048, 2048, torch.bfloat16, 1e8)
 
 
-class OutOfMemoryAt:
-    """Lets the n-th cell of a model fail for want of memory."""
-
-    def __init__(self, monkeypatch, cell: int) -> None:
-        self.calls, layer = 0, InfDiT.layer
-
-        def fail(model, *args):
-            self.calls += 1
-            if self.calls == cell:
-                raise torch.OutOfMemoryError("injected")
-            return layer(model, *args)
-
-        monkeypatch.setattr(InfDiT, "layer", fail)
-
-
 def test_out_of_memory_at_any_cell_gives_the_same_picture(monkeypatch, caplog):
     model = golden_model("xs")
     noise, cond = random_condition(model, 2, 3)
@@ -121,7 +105,7 @@ def test_out_of_memory_at_any_cell_gives_the_same_picture(monkeypatch, caplog):
     first = len(found[0].schedule.cells(Grid(2, 3), model.config.num_layers))
     for cell in range(1, 3 * first + 1):
         with monkeypatch.context() as patch:
-            OutOfMemoryAt(patch, cell)
+            fail_at(patch, cell)
             freed: list[int] = []
             adaptive = Adaptive(found, free_memory=partial(freed.append, 1))
             before = adaptive.plan
@@ -138,7 +122,7 @@ def test_the_failed_attempt_is_let_go_before_the_next(monkeypatch):
     model = golden_model("xs")
     x, cond = random_condition(model, 4, 4)
     found = plans(Workload(model.config, 128, 128, torch.float32, device="cpu"))
-    OutOfMemoryAt(monkeypatch, 2)
+    fail_at(monkeypatch, 2)
     live_when_freed = []
     with LiveBytes() as live:
         adaptive = Adaptive(found, free_memory=lambda: live_when_freed.append(live.live))
@@ -151,7 +135,7 @@ def test_without_a_smaller_plan_the_error_is_raised(monkeypatch):
     x, cond = random_condition(model, 1, 1)
     found = plans(Workload(model.config, 32, 32, torch.float32, device="cpu"))
     smallest = min(found, key=lambda p: p.peak_bytes)
-    OutOfMemoryAt(monkeypatch, 1)
+    fail_at(monkeypatch, 1)
     with pytest.raises(torch.OutOfMemoryError):
         Adaptive([smallest]).call(lambda schedule: model(x, torch.ones(1), cond, schedule))
 

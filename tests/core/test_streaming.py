@@ -1,7 +1,5 @@
 """Layers that come one at a time give the same picture, each once per evaluation."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -11,9 +9,8 @@ from infdit_core.blocks.schedules import Full, LayerMajor
 from infdit_core.edm import edm_sigmas
 from infdit_core.memory.adaptive import Adaptive
 from infdit_core.memory.planner import Plan, weight_bytes
-from infdit_core.network.model import InfDiT
 from infdit_core.sampling import sample
-from tests.goldens import golden_model, random_condition
+from tests.goldens import fail_at, golden_model, random_condition
 
 
 def test_streamed_layers_give_the_same_picture_each_copied_once_per_evaluation():
@@ -78,15 +75,3 @@ def test_tokens_on_the_host_come_and_go_in_order():
                 assert (taken == i + 100 * (n - 1)).all(), (count, n, i)
                 tokens[chunk] = taken + 100
             assert len(tokens._slots) == min(2, count)
-
-
-def fail_at(monkeypatch, cell: int) -> None:
-    """Let the n-th cell of an evaluation fail for want of memory."""
-    calls, layer = itertools.count(1), InfDiT.layer
-
-    def fail(model, *args):
-        if next(calls) == cell:
-            raise torch.OutOfMemoryError("injected")
-        return layer(model, *args)
-
-    monkeypatch.setattr(InfDiT, "layer", fail)
