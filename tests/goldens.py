@@ -113,6 +113,15 @@ def random_tensors(config: InfDiTConfig, seed: int = 0) -> dict[str, torch.Tenso
     return tensors
 
 
+def random_model(config: InfDiTConfig, std: float) -> InfDiT:
+    """A network whose weights are all normal, without a meaning."""
+    model = InfDiT(config, device="meta").to_empty(device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(std=std, generator=generator)
+    return model
+
+
 TINY = InfDiTConfig(
     hidden_size=32,
     num_layers=2,

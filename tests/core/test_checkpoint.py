@@ -22,9 +22,8 @@ from infdit_core.checkpoints.names import (
 from infdit_core.checkpoints.pickle_reader import read_index
 from infdit_core.network.config import RELEASED, InfDiTConfig
 from infdit_core.network.model import InfDiT
-from tests.goldens import TINY, golden_cases, golden_path, save_bf16_run
+from tests.goldens import GOLDEN, TINY, golden_cases, golden_path, save_bf16_run
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PT = "mp_rank_00_model_states.pt"
 XS = replace(TINY, hidden_size=64, num_layers=4, num_heads=4, mlp_size=256, vector_size=16)
 

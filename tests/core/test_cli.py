@@ -17,6 +17,7 @@ from infdit_core.clip import ClipGuide
 from infdit_core.pictures.colour_fix import fix_colours
 from infdit_core.pictures.files import read_image
 from tests.goldens import golden, golden_path
+from tools.comfy_server import ROOT
 
 FAST = ["--steps", "2", "--solver", "euler", "--device", "cpu"]
 
@@ -357,9 +358,7 @@ def test_as_a_program(models):
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-X", "importtime", "-m", "infdit_core", *args]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parents[2]
-        )
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     shown = run("inspect", str(models["none"]))
     assert shown.returncode == 0

@@ -17,9 +17,8 @@ from infdit_core.checkpoints import convert as convert_module
 from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from infdit_core.checkpoints.convert import convert
 from infdit_core.checkpoints.load import load_model
-from tests.goldens import save_bf16_run
+from tests.goldens import GOLDEN, save_bf16_run
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PT = "mp_rank_00_model_states.pt"
 CLIP_KEY = "image_encoder.model.visual.proj"
 

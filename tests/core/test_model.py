@@ -9,8 +9,14 @@ from einops import rearrange
 from infdit_core.network.attention import sdpa
 from infdit_core.network.config import RELEASED
 from infdit_core.network.layers import time_features
-from infdit_core.network.model import InfDiT
-from tests.goldens import golden, golden_cases, golden_condition, golden_model, random_condition
+from tests.goldens import (
+    golden,
+    golden_cases,
+    golden_condition,
+    golden_model,
+    random_condition,
+    random_model,
+)
 
 ATOL = 1e-5
 
@@ -56,10 +62,7 @@ def test_denoised_equals_the_release_on_cuda(name, dtype, maximum):
 
 @pytest.mark.slow
 def test_one_evaluation_of_the_released_size():
-    model = InfDiT(RELEASED, device="meta").to_empty(device="cpu").requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02, generator=generator)
+    model = random_model(RELEASED, std=0.02)
     x, cond = random_condition(model, 1, 2)
     denoised = model.denoise(x, 1.0, cond)
     assert denoised.shape == (1, 3, 128, 256)

@@ -12,7 +12,7 @@ from infdit_core import edm_sigmas, sample
 from infdit_core.memory.adaptive import Adaptive
 from infdit_core.memory.planner import Workload, plans
 from infdit_core.network.model import InfDiT
-from tests.goldens import TINY, random_condition
+from tests.goldens import TINY, random_condition, random_model
 
 
 class FailingOperation(TorchDispatchMode):
@@ -34,19 +34,11 @@ def live_tensors() -> int:
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
-def engine_model() -> InfDiT:
-    model = InfDiT(TINY).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.1, generator=generator)
-    return model
-
-
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_out_of_memory_at_every_operation(monkeypatch, every):
     """Inside an evaluation a smaller plan takes over; elsewhere the error comes out, and the next
     run is none the worse."""
-    model = engine_model()
+    model = random_model(TINY, std=0.1)
     noise, cond = random_condition(model, 1, 2)
     found = plans(Workload(model.config, *noise.shape[-2:], torch.float32, device="cpu"))
     operations, inside = FailingOperation(), set()
