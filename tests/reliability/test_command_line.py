@@ -190,13 +190,6 @@ def test_the_share_of_a_container_counts(tmp_path, monkeypatch):
     assert host_memory.available_bytes() > 1000
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil alone knows")
-def test_memory_without_psutil(monkeypatch):
-    known = host_memory.available_bytes()
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    assert host_memory.available_bytes() == pytest.approx(known, rel=0.2)
-
-
 @pytest.mark.parametrize("kind", ["png", "tif", "webp", "jpg"])
 def test_formats_of_a_folder(folder, upscale, tmp_path, kind):
     assert upscale(folder, "-o", tmp_path / "out", "--format", kind) == 0
