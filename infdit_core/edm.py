@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 SIGMA_DATA = 0.5
+RESIDUAL_DATA = 0.1
+"""The same for a picture minus its prior: photographs have 0.08 to 0.12."""
+RESIDUAL_MAX = 0.5
+"""Where sampling starts with a prior: five times what it leaves, which is hidden by then."""
 SIGMA_MIN = 0.002
 SIGMA_MAX = 40.0
 RHO = 7.0
@@ -26,12 +30,12 @@ class Preconditioning(NamedTuple):
     c_noise: Tensor
 
 
-def preconditioning(sigma: Tensor) -> Preconditioning:
+def preconditioning(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Preconditioning:
     """The EDM factors of Table 1 for noise levels of any shape."""
-    variance = sigma**2 + SIGMA_DATA**2
+    variance = sigma**2 + sigma_data**2
     return Preconditioning(
-        c_skip=SIGMA_DATA**2 / variance,
-        c_out=sigma * SIGMA_DATA * variance.rsqrt(),
+        c_skip=sigma_data**2 / variance,
+        c_out=sigma * sigma_data * variance.rsqrt(),
         c_in=variance.rsqrt(),
         c_noise=sigma.log() / 4,
     )

@@ -51,6 +51,15 @@ class InfDiTConfig:
     The release wraps at 1024 patches (4096 px), which breaks the neighbourhood there. Below that
     size both agree, so true positions are the default.
     """
+    prior_width: int = 0
+    """Channels of the prior; 0 for a model without one, which diffuses whole pictures."""
+    prior_depth: int = 0
+    """Residual pairs of convolutions of the prior."""
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of what is diffused: pictures, or what a prior leaves of them."""
+        return RESIDUAL_DATA if self.prior_width else SIGMA_DATA
 
     @property
     def head_dim(self) -> int:
@@ -89,6 +98,7 @@ class InfDiTConfig:
         mlp = _shape(shapes, "transformer.layers.0.mlp.dense_h_to_4h.weight", 2)
         time = _shape(shapes, "time_embed.mlp.0.weight", 2)
         vector_key = "cond_embed.map_vector.0.weight"
+        prior_key = "prior.head.weight"
         config = cls(
             hidden_size=patch[0],
             num_layers=segments[0],
@@ -98,6 +108,8 @@ class InfDiTConfig:
             mlp_size=mlp[0],
             vector_size=_shape(shapes, vector_key, 2)[1] if vector_key in shapes else 0,
             time_features=time[1],
+            prior_width=_shape(shapes, prior_key, 4)[0] if prior_key in shapes else 0,
+            prior_depth=sum(key.endswith(".a.weight") for key in shapes if key[:6] == "prior."),
         )
         config.validate()
         return config
