@@ -123,7 +123,11 @@ def _filter(x: Tensor, kernel: Tensor) -> Tensor:
     padded = F.pad(x, (pad,) * 4, mode="reflect" if min(x.shape[-2:]) > pad else "replicate")
     b, c, h, w = padded.shape
     weight = kernel.repeat_interleave(c, 0)[:, None]
-    return F.conv2d(padded.reshape(1, b * c, h, w), weight, groups=b * c).view_as(x)
+    # no search for the fastest kernel: nearly every size is new
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    filtered = F.conv2d(padded.reshape(1, b * c, h, w), weight, groups=b * c)
+    torch.backends.cudnn.benchmark = searching
+    return filtered.view_as(x)
 
 
 def _scale(

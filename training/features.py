@@ -86,7 +86,9 @@ class Discriminator(nn.Module):
 
     def forward(self, picture: Tensor, features: list[Tensor]) -> list[Tensor]:
         """Logits (B, 1, h, w) of each level: positive where a place looks like a photograph."""
-        return [head(x) for head, x in zip(self.heads, [picture, *features], strict=True)]
+        inputs = [picture, *features]
+        with torch.autocast(picture.device.type, enabled=False):  # the norms need full precision
+            return [head(x.float()) for head, x in zip(self.heads, inputs, strict=True)]
 
 
 def _head(channels: int, width: int) -> nn.Sequential:

@@ -92,7 +92,7 @@ class Run:
         return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def _realistic(self, pictures: Tensor) -> Tensor:
-        with torch.random.fork_rng(), torch.backends.cudnn.flags(benchmark=False):
+        with torch.random.fork_rng():
             torch.manual_seed(5)
             return reduce_realistic_batch(pictures, np.random.default_rng(5), group=1)
 
@@ -108,8 +108,7 @@ class Run:
         half = count // 2 if real else count
         lr = reduce_bicubic(original[:half])
         if real:
-            with torch.backends.cudnn.flags(benchmark=False):
-                lr = torch.cat([lr, reduce_realistic_batch(original[half:], self.numpy)])
+            lr = torch.cat([lr, reduce_realistic_batch(original[half:], self.numpy)])
         return original, lr
 
     def autocast(self) -> torch.autocast:
