@@ -43,7 +43,7 @@ from training.initial import initialise
 from training.loss import border_jumps
 from training.muon import optimizers
 
-SHARES = {"prior": 0.34, "diffusion": 0.27, "detail": 0.19, "prior_real": 0.08, "detail_real": 0.12}
+SHARES = {"prior": 0.36, "diffusion": 0.29, "detail": 0.21, "prior_real": 0.05, "detail_real": 0.09}
 """Of the time; what is skipped leaves its share to the others."""
 CONFIG = InfDiTConfig(160, 6, 5, 4, 8, 640, vector_size=0, prior_width=64, prior_depth=12)
 CROP_PX = 192
@@ -77,12 +77,13 @@ class Run:
         self.numpy = np.random.default_rng(args.seed)
         torch.manual_seed(args.seed)
         self.model = initialise(InfDiT(CONFIG))
-        for name in ("prior", "diffusion", "detail") if args.start else ():
-            for folder in (self.out, args.start):
-                if (path := folder / f"{name}.safetensors").exists():
+        if args.start:
+            real = any(name.endswith("_real") for name in args.stages)
+            for name in list(STAGES) if real else list(STAGES)[:3]:
+                if (path := args.start / f"{name}.safetensors").exists():
                     self.model.load_state_dict(load_file(path), strict=False)
-                    break
         self.model.to(self.device, memory_format=torch.channels_last)
+        self.judge = args.start or self.out
         self.degraded = {
             name: (reduce_bicubic(pictures), self._realistic(pictures))
             for name, pictures in (("val", self.val), ("test", self.test))
@@ -331,7 +332,7 @@ def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:
     stage = transformer_stage(run, name, deadline, every=8)
     generator = optimizers(matrices(run.model), run.model, 6e-4, 3e-4)
     judge = features.Discriminator().to(run.device)
-    if (path := run.out / "judge.safetensors").exists():
+    if (path := run.judge / "judge.safetensors").exists():
         judge.load_state_dict(load_file(path))
     judges = [torch.optim.Adam(judge.parameters(), 5e-4, betas=(0.0, 0.99))]
     balance, strength = Balance(), 1.0
