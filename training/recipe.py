@@ -31,16 +31,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infdit_core.condition import Condition
-from infdit_core.config import LR_SCALE, InfDiTConfig
-from infdit_core.edm import RESIDUAL_DATA, RESIDUAL_MAX, loss_weight
-from infdit_core.model import InfDiT
-from infdit_core.prior import enlarge
+from infdit_core.edm import RESIDUAL_DATA, RESIDUAL_MAX
+from infdit_core.network.condition import Condition
+from infdit_core.network.config import LR_SCALE, InfDiTConfig
+from infdit_core.network.model import InfDiT
+from infdit_core.network.prior import interpolate
 from training import features, tiles
 from training.data import local_variance, reduce_bicubic
 from training.degrade_batch import reduce_realistic_batch
 from training.initial import initialise
-from training.loss import border_jumps
+from training.loss import border_jumps, loss_weight
 from training.muon import optimizers
 
 SHARES = {"prior": 0.36, "diffusion": 0.29, "detail": 0.21, "prior_real": 0.05, "detail_real": 0.09}
@@ -196,7 +196,7 @@ def psnr(ours: Tensor, original: Tensor) -> Tensor:
 
 def gain(ours: Tensor, lr: Tensor, original: Tensor) -> float:
     """Mean dB over bicubic interpolation."""
-    return round((psnr(ours, original) - psnr(enlarge(lr), original)).mean().item(), 3)
+    return round((psnr(ours, original) - psnr(interpolate(lr), original)).mean().item(), 3)
 
 
 def train_prior(run: Run, name: str, deadline: float, real: bool) -> None:
@@ -346,7 +346,7 @@ def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:
         with run.autocast():
             original = run.lite0(run.val)
             cond = Condition(stage.average.prior(lr).float(), lr)
-            pictures = {"bicubic": enlarge(lr), "prior": cond.concat}
+            pictures = {"bicubic": interpolate(lr), "prior": cond.concat}
             for dial in (0.2, 0.5, 1.0):
                 dials = torch.full((len(lr),), dial, device=run.device)
                 pictures[f"{dial}"] = two_evaluations(stage.average, cond, val_noise, dials)
@@ -409,7 +409,7 @@ def sheet(run: Run, real: bool) -> None:
             two_evaluations(run.model, cond, noise, torch.full((len(lr),), d, device=run.device))
             for d in (0.5, 1.0)
         ]
-    rows = torch.cat([enlarge(lr), cond.concat, *drawn, original], dim=3).float().clamp(-1, 1)
+    rows = torch.cat([interpolate(lr), cond.concat, *drawn, original], dim=3).float().clamp(-1, 1)
     levels = torch.cat(list(((rows + 1) * 127.5).round().byte().cpu()), dim=1)
     picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
     picture.save(run.out / ("sheet_real.jpg" if real else "sheet.jpg"), quality=95, subsampling=0)

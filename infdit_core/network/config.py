@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..edm import RESIDUAL_DATA, RESIDUAL_MAX, SIGMA_DATA, SIGMA_MAX
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ADALN = "mixins.adaln_layer."
@@ -60,6 +62,11 @@ class InfDiTConfig:
     def sigma_data(self) -> float:
         """Standard deviation of what is diffused: pictures, or what a prior leaves of them."""
         return RESIDUAL_DATA if self.prior_width else SIGMA_DATA
+
+    @property
+    def sigma_max(self) -> float:
+        """Noise level at which sampling starts."""
+        return RESIDUAL_MAX if self.prior_width else SIGMA_MAX
 
     @property
     def head_dim(self) -> int:
@@ -122,7 +129,8 @@ class InfDiTConfig:
         )  # fmt: skip
         if min(*sizes, self.num_layers) < 1:
             raise ValueError(f"sizes must be positive, got {self}")
-        if max(*sizes, self.vector_size) > _MAX_SIZE or self.num_layers > _MAX_LAYERS:
+        layers = max(self.num_layers, self.prior_depth)
+        if max(*sizes, self.vector_size, self.prior_width) > _MAX_SIZE or layers > _MAX_LAYERS:
             raise ValueError(
                 f"expected at most {_MAX_LAYERS} layers and sizes up to {_MAX_SIZE}, got {self}"
             )

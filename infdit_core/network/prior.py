@@ -1,8 +1,8 @@
 """The prior: a small convolution network that enlarges a picture before diffusion refines it.
 
-It runs at the size of the LR picture and adds a correction to bicubic interpolation. A pixel of its
-result depends on the LR pixels within `Prior.reach` of it and on nothing else, so bands of a picture
-with that many rows around them give the same pixels as the whole picture.
+It runs at the size of the LR picture and adds a correction to bicubic interpolation. A pixel of the
+correction depends on the LR pixels within `Prior.reach` of it and on nothing else, so bands of a
+picture with that many rows around them give the same pixels as the whole picture.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import LR_SCALE
+
+BAND_PX = 2**18
+"""LR pixels that `Prior.bands` takes at a time, besides the rows around them."""
 
 
 class Residual(nn.Module):
@@ -29,7 +32,7 @@ class Residual(nn.Module):
 
 
 class Prior(nn.Module):
-    """P, the enlarged picture: what a regression makes of an LR picture.
+    """What a regression adds to an interpolated picture.
 
     Args:
         width: channels.
@@ -55,23 +58,42 @@ class Prior(nn.Module):
 
     @property
     def reach(self) -> int:
-        """LR pixels in each direction that a pixel of the result depends on.
-
-        One for each 3×3 convolution; the kernel of bicubic interpolation, two, is within that.
-        """
+        """LR pixels in each direction that a pixel depends on: one for each 3×3 convolution."""
         return 2 * len(self.body) + 2
 
     def forward(self, lr: Tensor) -> Tensor:
-        """(B, 3, h, w) about [-1, 1] -> (B, 3, 4h, 4w) in the dtype of lr, not clipped."""
-        first = self.head(lr.to(self.head.weight.dtype))  # (B, width, h, w)
+        """The correction: (B, 3, h, w) about [-1, 1] -> (B, 3, 4h, 4w), in the dtype of lr."""
+        first = self.head(lr)  # (B, width, h, w)
         x = first
         for pair in self.body:
             x = pair(x)
-        correction = F.pixel_shuffle(self.tail(x + first), LR_SCALE)  # (B, 3, 4h, 4w)
-        return enlarge(lr) + correction.to(lr.dtype)
+        return F.pixel_shuffle(self.tail(x + first), LR_SCALE)
+
+    def bands(
+        self, lr: Tensor, device: torch.device | str, dtype: torch.dtype, band_px: int = BAND_PX
+    ) -> Tensor:
+        """The correction (B, 3, 4h, 4w) in float32 where lr is, computed in bands of rows.
+
+        Args:
+            lr: (B, 3, h, w), on any device.
+            device, dtype: of the computation.
+            band_px: LR pixels of a band.
+        """
+        b, c, h, w = lr.shape
+        result = torch.empty(
+            b, c, LR_SCALE * h, LR_SCALE * w, dtype=torch.float32, device=lr.device
+        )
+        rows = max(1, band_px // (b * w))
+        for top in range(0, h, rows):
+            bottom = min(top + rows, h)
+            first = max(0, top - self.reach)
+            band = lr[:, :, first : bottom + self.reach].to(device, dtype)
+            inside = slice(LR_SCALE * (top - first), LR_SCALE * (bottom - first))
+            result[:, :, LR_SCALE * top : LR_SCALE * bottom] = self(band)[:, :, inside]
+        return result
 
 
-def enlarge(lr: Tensor) -> Tensor:
+def interpolate(lr: Tensor) -> Tensor:
     """Bicubic interpolation to four times the size, clipped: (B, 3, h, w) -> (B, 3, 4h, 4w)."""
     enlarged = F.interpolate(
         lr, scale_factor=LR_SCALE, mode="bicubic", antialias=True, align_corners=False

@@ -44,6 +44,22 @@ class Canvas:
     vector: Tensor | None = None
     """(B, vector_size) CLIP embedding, for models that take one."""
 
+    @property
+    def scale(self) -> float:
+        """How many times higher or wider the target is than the picture: the larger of both."""
+        return max(self.height / self.source.shape[1], self.width / self.source.shape[2])
+
+    def consistent(self, x: Tensor, times: int) -> Tensor:
+        """A sampled (B, 3, H, W) that, reduced again, comes nearer to the LR picture.
+
+        Adds the enlarged difference of both, `times` over (back-projection).
+        """
+        quarter = (1 / LR_SCALE, 1 / LR_SCALE)
+        for _ in range(times):
+            missing = self.lr.to(x) - _resize(x, quarter, tuple(self.lr.shape[-2:]))
+            x = x + _resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
+        return x
+
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""
         return Condition(self.concat, self.lr, self.vector if vector is None else vector)
