@@ -127,29 +127,22 @@ def with_prior(
 ) -> Canvas:
     """The canvas with the picture of the model's prior, if it has one, as `concat`.
 
-    A prior makes a picture four times as large. For a smaller factor it knows less than the picture
-    itself: there, what the picture tells (all that is coarser than its pixels) is the picture's.
+    A prior makes a picture four times as large. For a smaller factor its picture is made from all
+    pixels of the source, and then reduced.
 
     Args:
         device, dtype: of the computation; the pictures stay where they are.
     """
     if model.prior is None or canvas.scale <= 1:
         return canvas
-    whole = canvas.scale > LR_SCALE * 0.99
-    base = canvas.concat if whole else interpolate(canvas.lr)
-    concat = base + model.prior.bands(canvas.lr, device, dtype)
-    if not whole:
-        concat = concat + _low_pass(canvas.concat - concat, canvas.scale)
+    if canvas.scale > LR_SCALE * 0.99:
+        return replace(canvas, concat=canvas.concat + model.prior.bands(canvas.lr, device, dtype))
+    source = canvas.source_pixels()
+    large = interpolate(source) + model.prior.bands(source, device, dtype)
+    size = canvas.height, canvas.width
+    concat = canvas.concat.clone()  # what is padded needs no prior
+    concat[..., : size[0], : size[1]] = F.interpolate(large, size, mode="bicubic", antialias=True)
     return replace(canvas, concat=concat)
-
-
-def _low_pass(x: Tensor, factor: float) -> Tensor:
-    """(B, C, H, W) without what a picture of 1/factor of the size cannot hold."""
-    size = x.shape[-2:]
-    small = [max(1, round(side / factor)) for side in size]
-    for target in (small, size):
-        x = F.interpolate(x, size=tuple(target), mode="bicubic", antialias=True)
-    return x
 
 
 def upscale(

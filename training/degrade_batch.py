@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from infdit_core.config import LR_SCALE
+from infdit_core.network.config import LR_SCALE
 
 KERNEL_PX = 21
 JPEG_QUALITY = (30, 95)

@@ -21,7 +21,7 @@ EXACT = 1.5 / 127.5
 
 def loss_weight(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
     """The EDM weight of `|D - x0|²`: equal loss at every noise level at initialisation."""
-    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def edm_losses(error: Tensor, sigma: Tensor) -> Tensor:

@@ -194,6 +194,12 @@ def psnr(ours: Tensor, original: Tensor) -> Tensor:
     return -10 * (levels - original).square().mean(dim=(1, 2, 3)).clamp(min=1e-9).log10()
 
 
+def enlarged(prior: nn.Module, lr: Tensor) -> Tensor:
+    """P in float32: (B, 3, h, w) -> (B, 3, 4h, 4w)."""
+    correction = prior(lr.contiguous(memory_format=torch.channels_last))
+    return interpolate(lr) + correction.float()
+
+
 def gain(ours: Tensor, lr: Tensor, original: Tensor) -> float:
     """Mean dB over bicubic interpolation."""
     return round((psnr(ours, original) - psnr(interpolate(lr), original)).mean().item(), 3)
@@ -212,14 +218,14 @@ def train_prior(run: Run, name: str, deadline: float, real: bool) -> None:
             pictures = getattr(run, split)
             for kind, lr in zip(("", "_real"), run.degraded[split], strict=True):
                 with run.autocast():
-                    values[split + kind] = gain(stage.average(lr), lr, pictures)
+                    values[split + kind] = gain(enlarged(stage.average, lr), lr, pictures)
         return values
 
     stage.more = more
     for _ in stage.steps(found, 0.999):
         original, lr = run.batch(64, real)
         with run.autocast():
-            error = prior(lr.contiguous(memory_format=torch.channels_last)).float() - original
+            error = enlarged(prior, lr) - original
         # the mean of what is possible is asked for at last; before, single wild places weigh less
         loss = charbonnier(error, 1e-3) if stage.part < 0.7 else 10 * error.square().mean()
         loss.backward()
@@ -232,7 +238,7 @@ def windows(run: Run, count: int, real: bool) -> tuple[Tensor, Condition]:
     """Originals (B, 3, WINDOW, WINDOW) and their condition, whose concat is the prior's picture."""
     original, lr = run.batch(count, real)
     with torch.no_grad(), run.autocast():
-        prior = run.model.prior(lr.contiguous(memory_format=torch.channels_last)).float()
+        prior = enlarged(run.model.prior, lr)
     edge = (CROP_PX - WINDOW_PX) // 2
     inner = slice(edge, edge + WINDOW_PX)
     small = slice(edge // LR_SCALE, (edge + WINDOW_PX) // LR_SCALE)
@@ -270,7 +276,7 @@ def train_diffusion(run: Run, name: str, deadline: float, real: bool) -> None:
         """Gain over bicubic of D from the prior's picture; rms levels of D behind noise."""
         lr = run.degraded["val"][0]
         with run.autocast():
-            cond = Condition(stage.average.prior(lr).float(), lr)
+            cond = Condition(enlarged(stage.average.prior, lr), lr)
             first = stage.average.denoise(
                 cond.concat + RESIDUAL_MAX * val_noise, RESIDUAL_MAX, cond
             )
@@ -345,7 +351,7 @@ def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:
         lr = run.degraded["val"][int(real)]
         with run.autocast():
             original = run.lite0(run.val)
-            cond = Condition(stage.average.prior(lr).float(), lr)
+            cond = Condition(enlarged(stage.average.prior, lr), lr)
             pictures = {"bicubic": interpolate(lr), "prior": cond.concat}
             for dial in (0.2, 0.5, 1.0):
                 dials = torch.full((len(lr),), dial, device=run.device)
@@ -404,7 +410,7 @@ def sheet(run: Run, real: bool) -> None:
     original = torch.cat([run.val[1:12:2], run.test[::3, :, 128:384, 128:384]])
     noise = noise_like(run, original)
     with run.autocast():
-        cond = Condition(run.model.prior(lr).float(), lr)
+        cond = Condition(enlarged(run.model.prior, lr), lr)
         drawn = [
             two_evaluations(run.model, cond, noise, torch.full((len(lr),), d, device=run.device))
             for d in (0.5, 1.0)
