@@ -122,9 +122,7 @@ class Sampler:
 
 
 @torch.no_grad()
-def with_prior(
-    canvas: Canvas, model: InfDiT, device: torch.device, dtype: torch.dtype
-) -> Canvas:
+def with_prior(canvas: Canvas, model: InfDiT, device: torch.device, dtype: torch.dtype) -> Canvas:
     """The canvas with the picture of the model's prior, if it has one, as `concat`.
 
     A prior makes a picture four times as large. For a smaller factor its picture is made from all

@@ -259,7 +259,6 @@ class DiffusionModel(torch.nn.Module):
             told(adaptive.plan)
         return adaptive.call(evaluate)
 
-
     def _evaluate(
         self, x: torch.Tensor, sigma: torch.Tensor, cond: Condition, schedule: Schedule, run
     ) -> torch.Tensor:

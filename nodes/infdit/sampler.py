@@ -66,9 +66,9 @@ class InfDiTSampler(io.ComfyNode):
                     default="exact",
                     optional=True,
                     tooltip="Exact is the authors' solver with the number of steps above. Fast"
-                    " takes 12 evaluations of the network instead of 39, and with the bundled"
-                    " model its error is smaller. Draft takes 6: for a first look. Auto is what the"
-                    " model's file asks for, and exact where it asks for nothing.",
+                    " takes 12 evaluations of the network instead of 39. Draft takes 6: for a first"
+                    " look. Auto is what the model's file asks for: two evaluations with the small"
+                    " model of this pack, exact where a file asks for nothing.",
                 ),
                 longest_edge_input(),
                 io.Float.Input(
@@ -79,9 +79,9 @@ class InfDiTSampler(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="Fidelity: how much noise is put on the enlarged picture at the start."
-                    " Less keeps closer to the input picture and takes as much fewer"
-                    " evaluations. The useful range, measured with the bundled model, is 0.2 to"
-                    " 0.6: below it is little but bicubic enlarging, above it nearly what 1 makes.",
+                    " Less keeps closer to the input picture and, but for auto, takes as much fewer"
+                    " evaluations. At 0 nothing is sampled: with the small model of this pack that"
+                    " is the sharp picture its prior makes, with others bicubic enlarging.",
                 ),
                 colour_fix_input(),
                 io.Sampler.Input(
@@ -94,7 +94,7 @@ class InfDiTSampler(io.ComfyNode):
                     "sigmas",
                     optional=True,
                     tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
-                    " from 40 for a whole run.",
+                    " from 40 for a whole run, from 0.5 with the small model of this pack.",
                 ),
             ],
             outputs=picture_outputs(),
