@@ -264,7 +264,7 @@ def test_debug_shows_the_traceback(picture, tmp_path):
         (["upscale", "a.png"], "-o/--output"),
         (["upscale", "a.png", "-o", "b", "--model", "m", "--steps", "0"], "at least 1, got '0'"),
         (["upscale", "a.png", "-o", "b", "--model", "m", "--seed", "-1"], "2^64 - 1"),
-        (["upscale", "a.png", "-o", "b", "--model", "m", "--denoise", "0"], "above 0 and up to 1"),
+        (["upscale", "a.png", "-o", "b", "--model", "m", "--denoise", "-1"], "from 0 to 1"),
         (["upscale", "a", "-o", "b", "--model", "m", "--scale", "2", "--size", "9"], "not allowed"),
         (["upscale", "a.png", "-o", "b", "--model", "m", "--blocks", "2"], "--schedule"),
     ],
