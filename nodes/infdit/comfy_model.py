@@ -18,7 +18,6 @@ import comfy.supported_models_base
 import torch
 
 from ...infdit_core import edm
-from ...infdit_core import upscale as engine
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
@@ -31,6 +30,7 @@ from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
 from ...infdit_core.pictures.prepare import Canvas
+from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import require
 
 CLIP_ATTACHMENT = "infdit_clip"
@@ -281,7 +281,7 @@ def with_prior(model, canvas: Canvas) -> Canvas:
         return canvas
     comfy.model_management.load_models_gpu([model])
     dtype = model.model.get_dtype_inference()
-    return engine.with_prior(canvas, model.model.infdit, model.load_device, dtype)
+    return computed_with_prior(canvas, model.model.infdit, model.load_device, dtype)
 
 
 def _interruptible(report):
