@@ -1,7 +1,7 @@
 """Real-ESRGAN's degradations (arXiv 2107.10833) for batches on a GPU, in plain tensor operations.
 
-Like `degrade.py`, which is the reference and goes picture by picture. Here blur, noise and JPEG differ
-for every picture; sizes and ways of resizing are shared by a batch, so call it with small ones.
+Like `degrade.py`, which is the reference and goes picture by picture. Here blur, noise and JPEG
+differ for every picture; sizes and ways of resizing are shared by a batch: call it with small ones.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _sinc(cutoff: Tensor) -> Tensor:
     y, x = _offsets(cutoff.device)
     radius = torch.hypot(x, y).clamp(min=1e-4)
     cutoff = cutoff[:, None, None]
-    # J1 exists for GPUs, but not in every build: its integral over one turn, in 64 steps, is exact here
+    # J1 exists for GPUs, but not in every build; its integral in 64 steps is exact here
     turn = (torch.arange(64, device=cutoff.device) + 0.5) * (math.pi / 64)
     argument = (cutoff * radius)[..., None]
     bessel = (turn - argument * turn.sin()).cos().mean(-1)
@@ -217,5 +217,9 @@ def jpeg(x: Tensor, quality: Tensor) -> Tensor:
     half = F.avg_pool2d(torch.cat([cb, cr])[:, None], 2)[:, 0]
     half = coded(half, chroma, torch.cat([scales, scales]))
     cb, cr = F.interpolate(half[:, None], scale_factor=2, mode="bilinear")[:, 0].chunk(2)
-    rgb = (luminance + 1.402 * cr, luminance - 0.344136 * cb - 0.714136 * cr, luminance + 1.772 * cb)
+    rgb = (
+        luminance + 1.402 * cr,
+        luminance - 0.344136 * cb - 0.714136 * cr,
+        luminance + 1.772 * cb,
+    )
     return (torch.stack(rgb, dim=1)[..., :height, :width].round() / 255).clamp(0, 1)

@@ -20,7 +20,7 @@ from infdit_core.checkpoints.names import release_state_dict
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.sampling import AUTO, AUTO_KEY, find_preset
 from infdit_core.whole_files import whole_file
-from training.recipe import CONFIG
+from training.clock import CONFIG
 from training.train import STATE
 
 
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--commit", help="of the trainer; that of this checkout if left out")
+    parser.add_argument("--toward", type=Path, help="another file of the recipe to mix in")
+    parser.add_argument("--share", type=float, default=0.5, help="of that file in the mixture")
     parser.add_argument("--prior", type=Path, help="a file whose prior is taken in place of RUN's")
     parser.add_argument("--preset", help="what the preset auto does, as infdit_core.sampling reads")
     parser.add_argument("--training", help="how a file of training.recipe was made, in words")
@@ -43,6 +45,9 @@ def main() -> None:
     else:
         config, weights = CONFIG, load_file(args.run)
         notes = {"infdit.training": args.training or "training.recipe"}
+    if args.toward:
+        other = load_file(args.toward)
+        weights = {key: value.lerp(other[key], args.share) for key, value in weights.items()}
     if args.prior:
         weights, config = with_prior(weights, config, load_file(args.prior))
     if args.preset:

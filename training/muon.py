@@ -1,11 +1,12 @@
 """Muon (Jordan et al., 2024) for the kernels of convolutions and the matrices of a transformer.
 
-`torch.optim.Muon` takes matrices only, one after the other. Here all of one shape are made orthogonal
-together, and a kernel (out, in, 3, 3) is the matrix (out, 9 · in).
+`torch.optim.Muon` takes matrices only, one after the other. Here all of one shape are made
+orthogonal together, and a kernel (out, in, 3, 3) is the matrix (out, 9 · in).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -32,9 +33,7 @@ class Muon(torch.optim.Optimizer):
                     shapes[p.shape].append(p)
             for same in shapes.values():
                 grads = [p.grad for p in same]
-                moments = [
-                    self.state[p].setdefault("moment", torch.zeros_like(p)) for p in same
-                ]
+                moments = [self.state[p].setdefault("moment", torch.zeros_like(p)) for p in same]
                 torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, moments, group["momentum"])  # Nesterov
                 stack = torch.stack([m.flatten(1) for m in ahead])
@@ -68,3 +67,19 @@ def optimizers(
     if inner:
         found.append(Muon(inner, rate))
     return found
+
+
+def cosine(
+    found: list[torch.optim.Optimizer], rates: list[list[float]], step: int, part: float
+) -> None:
+    """Set the rates: risen over 100 steps, constant for 0.3 of the time, then a cosine to 0.005.
+
+    Args:
+        rates: of each group of each optimizer at the start.
+        part: of the time that has passed.
+    """
+    ramp = min(1, (step + 1) / 100)
+    wave = (1 + math.cos(math.pi * min(1, max(0, (part - 0.3) / 0.7)))) / 2
+    for optimizer, start in zip(found, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, start, strict=True):
+            group["lr"] = rate * ramp * (0.005 + 0.995 * wave)

@@ -1,30 +1,27 @@
 """The bundled models on one GPU, by the clock: python -m training.recipe PACK OUT --seconds 510
 
-PACK is what `training.tiles` made, with lite0.safetensors of `training.features` in it. Five stages, each of
-which ends when its share of the time is over and writes averaged weights to OUT:
+PACK is what `training.tiles` made, with lite0.safetensors of `training.features` in it. Five
+stages, each of which ends when its share of the time is over and writes averaged weights to OUT:
 
 1. prior: the convolution network that enlarges, on reduced pictures;
 2. diffusion: the transformer as the denoiser of what the prior leaves, under EDM's loss;
 3. detail: its two evaluations unrolled, with features and a weak adversary, so that they suffice;
-4. prior_real: the prior again, half of the pictures blurred, noisy and compressed as Real-ESRGAN's;
+4. prior_real: the prior again, half of the pictures degraded as Real-ESRGAN's;
 5. detail_real: stage 3 on such pictures.
 
-OUT/log.jsonl has a row every few seconds. `--start` goes on from an OUT; `--stages` names what to run.
+OUT/log.jsonl has a row every few seconds. `--start` goes on from files of an OUT; `--stages` names
+what to run.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import logging
 import math
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,20 +30,18 @@ from torch.nn import functional as F
 
 from infdit_core.edm import RESIDUAL_DATA, RESIDUAL_MAX
 from infdit_core.network.condition import Condition
-from infdit_core.network.config import LR_SCALE, InfDiTConfig
+from infdit_core.network.config import LR_SCALE
 from infdit_core.network.model import InfDiT
 from infdit_core.network.prior import interpolate
-from training import features, tiles
-from training.data import local_variance, reduce_bicubic
-from training.degrade_batch import reduce_realistic_batch
-from training.initial import initialise
+from training import features
+from training.clock import CONFIG, CROP_PX, Run, Stage
+from training.data import local_variance
 from training.loss import border_jumps, loss_weight
 from training.muon import optimizers
+from training.prior import charbonnier, enlarged, gain
 
 SHARES = {"prior": 0.36, "diffusion": 0.29, "detail": 0.21, "prior_real": 0.05, "detail_real": 0.09}
 """Of the time; what is skipped leaves its share to the others."""
-CONFIG = InfDiTConfig(160, 6, 5, 4, 8, 640, vector_size=0, prior_width=64, prior_depth=12)
-CROP_PX = 192
 WINDOW_PX = 160
 """Part of a crop that the transformer sees, so that the prior knows what lies around it."""
 SECOND_SIGMA = 0.25
@@ -62,151 +57,8 @@ DETAIL_GAIN_DB = 0.8
 logger = logging.getLogger(__name__)
 
 
-class Run:
-    """What all stages share: pictures, clock, log, and the network with its averaged copy."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.began = time.monotonic()
-        self.device, self.out, self.scale = torch.device(args.device), args.out, args.batch_scale
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.train = tiles.read(args.pack / "TRAIN.bin", self.device, args.most)
-        self.val = self._pictures(tiles.read(args.pack / "VAL.bin", self.device, args.most))
-        self.test = self._pictures(tiles.read(args.pack / "TEST.bin", self.device, args.most))
-        self.lite0 = features.read(args.pack / "lite0.safetensors").to(self.device)
-        self.random = torch.Generator(self.device).manual_seed(args.seed)
-        self.numpy = np.random.default_rng(args.seed)
-        torch.manual_seed(args.seed)
-        self.model = initialise(InfDiT(CONFIG))
-        if args.start:
-            real = any(name.endswith("_real") for name in args.stages)
-            for name in list(STAGES) if real else list(STAGES)[:3]:
-                if (path := args.start / f"{name}.safetensors").exists():
-                    self.model.load_state_dict(load_file(path), strict=False)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        self.judge = args.start or self.out
-        self.degraded = {
-            name: (reduce_bicubic(pictures), self._realistic(pictures))
-            for name, pictures in (("val", self.val), ("test", self.test))
-        }
-
-    def _pictures(self, levels: Tensor) -> Tensor:
-        return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def _realistic(self, pictures: Tensor) -> Tensor:
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            return reduce_realistic_batch(pictures, np.random.default_rng(5), group=1)
-
-    def batch(self, count: int, real: bool) -> tuple[Tensor, Tensor]:
-        """Originals (count, 3, CROP, CROP) and their LR pictures, the second half degraded if `real`."""
-        count = max(2, round(count * self.scale))
-        side = CROP_PX * 4 // 3 if self.numpy.random() < 0.3 else CROP_PX
-        original = tiles.crops(self.train, count, side, self.random)
-        if side != CROP_PX:
-            original = F.interpolate(
-                original, (CROP_PX, CROP_PX), mode="bicubic", antialias=True
-            ).clamp(-1, 1)
-        half = count // 2 if real else count
-        lr = reduce_bicubic(original[:half])
-        if real:
-            lr = torch.cat([lr, reduce_realistic_batch(original[half:], self.numpy)])
-        return original, lr
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def log(self, **row: object) -> None:
-        row = {"seconds": round(self.seconds(), 1), **row}
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        logger.info("%s", row)
-
-
-class Stage:
-    """A loop until a deadline: rates by the time that has passed, averaged weights, a log, files."""
-
-    def __init__(self, run: Run, name: str, deadline: float, trained: nn.Module, every: float) -> None:
-        self.run, self.name, self.deadline, self.every = run, name, deadline, every
-        self.start, self.step, self.part = run.seconds(), 0, 0.0
-        self.trained = trained
-        self.average = copy.deepcopy(trained).requires_grad_(False).eval()
-        self._pairs = list(self.average.parameters()), list(trained.parameters())
-
-    def steps(self, found: list[torch.optim.Optimizer], decay: float) -> Iterator[int]:
-        """Steps until the deadline. The body computes gradients; weights change when it is done."""
-        rates = [[group["lr"] for group in o.param_groups] for o in found]
-        last_log = last_save = self.run.seconds()
-        while True:
-            self.part = (self.run.seconds() - self.start) / max(1e-6, self.deadline - self.start)
-            if self.part >= 1 and self.step:
-                break
-            ramp = min(1, (self.step + 1) / 100)
-            cosine = (1 + math.cos(math.pi * min(1, max(0, (self.part - 0.3) / 0.7)))) / 2
-            for optimizer, start in zip(found, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, start, strict=True):
-                    group["lr"] = rate * ramp * (0.005 + 0.995 * cosine)
-            yield self.step
-            for optimizer in found:
-                parameters = [p for g in optimizer.param_groups for p in g["params"]]
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            kept = min(decay, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(*self._pairs, 1 - kept)
-            self.step += 1
-            now = self.run.seconds()
-            if now - last_log > self.every:
-                self.report()
-                last_log = self.run.seconds()
-                if now - last_save > 60:
-                    self.save()
-                    last_save = self.run.seconds()
-        self.report()
-        self.save()
-
-    loss: Tensor | float = 0.0
-    more: Callable[[], dict] = staticmethod(dict)
-
-    def report(self) -> None:
-        loss = round(float(self.loss), 5)
-        self.run.log(stage=self.name, step=self.step, part=round(self.part, 3), loss=loss, **self.more())
-
-    def save(self) -> None:
-        prefix = "prior." if self.name.startswith("prior") else ""
-        state = {prefix + k: v.contiguous().cpu() for k, v in self.average.state_dict().items()}
-        save_file(state, self.run.out / f"{self.name}.safetensors")
-        if not prefix:  # it holds its prior
-            prior = "prior_real" if self.name.endswith("_real") else "prior"
-            (self.run.out / f"{prior}.safetensors").unlink(missing_ok=True)
-
-
-def charbonnier(error: Tensor, epsilon: float = 1e-2) -> Tensor:
-    return (error.square() + epsilon**2).sqrt().mean() - epsilon
-
-
-def psnr(ours: Tensor, original: Tensor) -> Tensor:
-    """(B,) dB of pictures in [-1, 1], in 8-bit levels as they are saved."""
-    levels = ((ours.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    return -10 * (levels - original).square().mean(dim=(1, 2, 3)).clamp(min=1e-9).log10()
-
-
-def enlarged(prior: nn.Module, lr: Tensor) -> Tensor:
-    """P in float32: (B, 3, h, w) -> (B, 3, 4h, 4w)."""
-    correction = prior(lr.contiguous(memory_format=torch.channels_last))
-    return interpolate(lr) + correction.float()
-
-
-def gain(ours: Tensor, lr: Tensor, original: Tensor) -> float:
-    """Mean dB over bicubic interpolation."""
-    return round((psnr(ours, original) - psnr(interpolate(lr), original)).mean().item(), 3)
-
-
 def train_prior(run: Run, name: str, deadline: float, real: bool) -> None:
-    prior = run.model.prior.train().requires_grad_(True)
+    prior = run.prior.train().requires_grad_(True)
     stage = Stage(run, name, deadline, prior, every=10)
     rate = 1.5e-3 if real else 3e-3
     found = optimizers(prior.body.parameters(), prior, rate, rate / 2)
@@ -227,7 +79,7 @@ def train_prior(run: Run, name: str, deadline: float, real: bool) -> None:
         with run.autocast():
             error = enlarged(prior, lr) - original
         # the mean of what is possible is asked for at last; before, single wild places weigh less
-        loss = charbonnier(error, 1e-3) if stage.part < 0.7 else 10 * error.square().mean()
+        loss = charbonnier(error) if stage.part < 0.7 else 10 * error.square().mean()
         loss.backward()
         stage.loss = loss.detach()
     prior.load_state_dict(stage.average.state_dict())
@@ -238,7 +90,7 @@ def windows(run: Run, count: int, real: bool) -> tuple[Tensor, Condition]:
     """Originals (B, 3, WINDOW, WINDOW) and their condition, whose concat is the prior's picture."""
     original, lr = run.batch(count, real)
     with torch.no_grad(), run.autocast():
-        prior = enlarged(run.model.prior, lr)
+        prior = enlarged(run.prior, lr)
     edge = (CROP_PX - WINDOW_PX) // 2
     inner = slice(edge, edge + WINDOW_PX)
     small = slice(edge // LR_SCALE, (edge + WINDOW_PX) // LR_SCALE)
@@ -256,7 +108,7 @@ def matrices(model: InfDiT) -> list[nn.Parameter]:
 
 
 def transformer_stage(run: Run, name: str, deadline: float, every: float) -> Stage:
-    run.model.prior.requires_grad_(False)
+    run.prior.requires_grad_(False)
     run.model.train()
     return Stage(run, name, deadline, run.model, every)
 
@@ -269,7 +121,9 @@ def train_diffusion(run: Run, name: str, deadline: float, real: bool) -> None:
     """EDM's loss on what the prior leaves, errors weighed by place and at borders as in loss.py."""
     stage = transformer_stage(run, name, deadline, every=12)
     found = optimizers(matrices(run.model), run.model, 2e-3, 1e-3)
-    val_noise = torch.randn(run.val.shape, generator=torch.Generator().manual_seed(0)).to(run.device)
+    val_noise = torch.randn(run.val.shape, generator=torch.Generator().manual_seed(0)).to(
+        run.device
+    )
 
     @torch.no_grad()
     def more() -> dict:
@@ -338,11 +192,13 @@ def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:
     stage = transformer_stage(run, name, deadline, every=8)
     generator = optimizers(matrices(run.model), run.model, 6e-4, 3e-4)
     judge = features.Discriminator().to(run.device)
-    if (path := run.judge / "judge.safetensors").exists():
-        judge.load_state_dict(load_file(path))
+    if run.judge.exists():
+        judge.load_state_dict(load_file(run.judge))
     judges = [torch.optim.Adam(judge.parameters(), 5e-4, betas=(0.0, 0.99))]
     balance, strength = Balance(), 1.0
-    val_noise = torch.randn(run.val.shape, generator=torch.Generator().manual_seed(0)).to(run.device)
+    val_noise = torch.randn(run.val.shape, generator=torch.Generator().manual_seed(0)).to(
+        run.device
+    )
     losses: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -374,7 +230,7 @@ def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:
         with run.autocast():
             ours = two_evaluations(run.model, cond, noise_like(run, original), dial).float()
             error = ours - original
-            pixel_loss = charbonnier(error)
+            pixel_loss = charbonnier(error, 1e-2)
             for period in (CONFIG.patch_size, CONFIG.block_px):
                 pixel_loss = pixel_loss + border_jumps(error, period).mean()
             seen, aim = run.lite0(ours), run.lite0(original)
@@ -406,11 +262,13 @@ def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:
 @torch.no_grad()
 def sheet(run: Run, real: bool) -> None:
     """Rows of bicubic, prior, dial at a half, dial at 1, original."""
-    lr = torch.cat([run.degraded["val"][real][1:12:2], run.degraded["test"][real][::3, :, 32:96, 32:96]])
+    lr = torch.cat(
+        [run.degraded["val"][real][1:12:2], run.degraded["test"][real][::3, :, 32:96, 32:96]]
+    )
     original = torch.cat([run.val[1:12:2], run.test[::3, :, 128:384, 128:384]])
     noise = noise_like(run, original)
     with run.autocast():
-        cond = Condition(enlarged(run.model.prior, lr), lr)
+        cond = Condition(enlarged(run.prior, lr), lr)
         drawn = [
             two_evaluations(run.model, cond, noise, torch.full((len(lr),), d, device=run.device))
             for d in (0.5, 1.0)
@@ -437,16 +295,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, required=True, help="in all, the start included")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--start", type=Path, help="an OUT whose files to start from")
+    parser.add_argument(
+        "--start", type=Path, nargs="*", default=[], help="files to start from, the last one wins"
+    )
+    parser.add_argument("--judge", type=Path, help="the adversary to start from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-scale", type=float, default=1.0, help="for tests on a CPU")
     parser.add_argument("--most", type=int, help="pictures of each kind, for tests")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     run = Run(args)
-    run.log(stage="start", tiles=len(run.train), parameters=sum(p.numel() for p in run.model.parameters()))
+    run.log(
+        stage="start",
+        tiles=len(run.train),
+        parameters=sum(p.numel() for p in run.model.parameters()),
+    )
     left = {name: SHARES[name] for name in STAGES if name in args.stages}
     for name in list(left):
         share = left[name] / sum(left.values())
