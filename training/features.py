@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 _BLOCKS = ((1, 3, 1), (6, 3, 2), (6, 3, 1), (6, 5, 2), (6, 5, 1), (6, 3, 2), (6, 3, 1))
 """Expansion, kernel and stride of each block."""
 _TAPS = {1: 96, 2: 144, 4: 240, 6: 480}
-"""Blocks whose widened features are taken, at 1/2, 1/4, 1/8 and 1/16 of the size; their channels."""
+"""Blocks whose widened features are taken, at 1/2 to 1/16 of the size; their channels."""
 _EPS = 1e-3
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -33,6 +33,8 @@ class Lite0(nn.Module):
         super().__init__()
         for name, value in weights.items():
             self.register_buffer(name.replace(".", "_"), value.float())
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1) * 2 - 1)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1) * 2)
 
@@ -74,8 +76,8 @@ def distance(ours: list[Tensor], original: list[Tensor]) -> Tensor:
 class Discriminator(nn.Module):
     """A small head on every level of features, and one on the picture itself (arXiv 2111.01007).
 
-    Frozen features leave little to learn, so a judge is there within a minute; the head on pixels sees
-    what they overlook, such as a grid of patches.
+    Frozen features leave little to learn, so a judge is there within a minute; the head on pixels
+    is to see what they overlook, such as a grid of patches.
     """
 
     def __init__(self, width: int = 64) -> None:
@@ -103,14 +105,13 @@ def _head(channels: int, width: int) -> nn.Sequential:
 
 def hinge(real: list[Tensor], fake: list[Tensor]) -> Tensor:
     """The discriminator's loss."""
-    return sum(
-        F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)
-    ) / len(real)
+    losses = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
+    return torch.stack(losses).mean()
 
 
 def deceive(fake: list[Tensor]) -> Tensor:
     """The generator's loss."""
-    return -sum(f.mean() for f in fake) / len(fake)
+    return -torch.stack([f.mean() for f in fake]).mean()
 
 
 def fold(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is made orthogonal: every direction of a matrix learns at one speed."""
+    """Momentum whose direction is made orthogonal: all directions learn at one speed."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -59,7 +59,7 @@ def orthogonal(stack: Tensor, steps: int = 5) -> Tensor:
 def optimizers(
     inner: Iterable[nn.Parameter], model: nn.Module, rate: float, other_rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the `inner` parameters that are matrices or kernels, Adam for all others of a model."""
+    """Muon for the `inner` parameters that are matrices or kernels, Adam for all others."""
     inner = [p for p in inner if p.ndim >= 2]
     chosen = set(map(id, inner))
     other = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]

@@ -186,8 +186,8 @@ class Balance:
 def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:
     """Both evaluations at once: pixels at the fidelity end of the dial, looks at the other.
 
-    What looks are worth is set by what they cost: `strength` falls while the detail end is less than
-    DETAIL_GAIN_DB better than bicubic interpolation, and rises while it is more.
+    What looks are worth is set by what they cost: `strength` falls while the detail end is less
+    than DETAIL_GAIN_DB better than bicubic interpolation, and rises while it is more.
     """
     stage = transformer_stage(run, name, deadline, every=8)
     generator = optimizers(matrices(run.model), run.model, 6e-4, 3e-4)

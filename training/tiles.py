@@ -1,8 +1,8 @@
 """Photographs as a pack of tiles for a GPU: python -m training.tiles PHOTOS PACK --megabytes 44
 
-Training reads nothing but the pack: TRAIN.bin holds JPEG tiles of 256 px, mostly detailed ones, VAL.bin
-tiles of photographs that no tile of TRAIN comes from, TEST.bin the centres of the held-out photographs
-without loss. On the GPU the tiles live as uint8, and crops of them are cut in batches.
+Training reads nothing but the pack: TRAIN.bin holds JPEG tiles of 256 px, mostly detailed ones,
+VAL.bin tiles of photographs that no tile of TRAIN comes from, TEST.bin the centres of the held-out
+photographs. On the GPU the tiles live as uint8, and crops of them are cut in batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.data import detail
 TILE_PX = 256
 TEST_PX = 512
 VAL_TILES = 24
-QUALITY = 95
+QUALITY = 92
 CRISP = 1.5
 """Detail in levels from which a tile is always taken."""
 SCALES = (1.0, 1.5, 2.2)
@@ -64,7 +64,7 @@ def main() -> None:
             break
     write(args.pack / "TRAIN.bin", encoded)
     tests = sorted((args.photos / "test").glob("*.npy"))
-    write(args.pack / "TEST.bin", [encode(centre(np.load(p)), lossless=True) for p in tests])
+    write(args.pack / "TEST.bin", [encode(centre(np.load(p)), 96) for p in tests])
     print(f"{len(encoded)} of {len(chosen)} tiles, {len(val)} to validate, {len(tests)} held out")
 
 
@@ -84,12 +84,10 @@ def centre(photo: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(photo[top : top + TEST_PX, left : left + TEST_PX])
 
 
-def encode(tile: np.ndarray, lossless: bool = False) -> bytes:
+def encode(tile: np.ndarray, quality: int = QUALITY) -> bytes:
     file = io.BytesIO()
-    if lossless:
-        Image.fromarray(tile).save(file, "WEBP", lossless=True)
-    else:
-        Image.fromarray(tile).save(file, "JPEG", quality=QUALITY, subsampling=0)
+    picture = Image.fromarray(tile)
+    picture.save(file, "JPEG", quality=quality, subsampling=0, optimize=True, progressive=True)
     return file.getvalue()
 
 
