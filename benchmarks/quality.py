@@ -1,7 +1,8 @@
 """How good the pictures are: python -m benchmarks.quality --photos FOLDER [--crop PX]
 
 Takes the centre of every photograph of FOLDER/test, reduces it by 4, upscales it again with the
-model and with bicubic interpolation, and compares both with the original. Needs piq and kornia.
+model and with bicubic interpolation, and compares both with the original. Needs piq and kornia;
+with --lite0, what `training.features` wrote, also the distance of features of efficientnet-lite0.
 Pictures that the result file already has, made by the same model and settings, are not made again.
 """
 
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from infdit_core import PRESETS, InfDiT, load_model
 from infdit_core.network.config import DTYPES
-from infdit_core.sampling import SOLVERS, Preset
+from infdit_core.sampling import AUTO, SOLVERS, Preset, find_preset
+from training import features
+from training.features import Lite0, distance
 
 from . import common
 from .common import RESULTS
@@ -47,6 +50,7 @@ def measure(
     model: InfDiT,
     upscale: Upscaler,
     folder: Path | None,
+    lite0: Lite0 | None = None,
 ) -> dict[str, Any]:
     """One row of the result: the metrics of the model's picture and of bicubic enlargement."""
     lr = degrade(original, degradation, name)
@@ -60,6 +64,9 @@ def measure(
     for method in ("ours", "bicubic"):
         found[method] |= against_original(pictures[method], original)
         found[method] |= against_input(pictures[method], lr)
+        if lite0 is not None:
+            seen = (lite0(picture * 2 - 1) for picture in (pictures[method], original))
+            found[method]["lite0"] = distance(*seen).item()
         # bicubic interpolation knows no blocks, so what it has at their borders is the content's
         by_content = found["bicubic"]["block_borders"]
         found[method]["block_seam"] = found[method]["block_borders"] / by_content - 1
@@ -110,7 +117,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.arguments("quality", __doc__, "photos", "model", "device", "dtype")
-    parser.add_argument("--preset", choices=PRESETS, default="exact")
+    parser.add_argument("--preset", choices=(AUTO, *PRESETS), default=AUTO)
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--solver", choices=sorted(SOLVERS), help="instead of the preset's")
     parser.add_argument("--denoise", type=float, default=1.0)
@@ -118,18 +125,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--degradation", choices=DEGRADATIONS, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--consistency", type=int, help="instead of the preset's")
+    parser.add_argument("--lite0", type=Path, help="the features of a classifier to compare by")
     parser.add_argument("--pictures", type=Path, help="folder to write the results to, as PNG")
     args = common.parse(parser, argv)
     photos = read_photos(args.photos)
     model = load_model(args.model, args.device, DTYPES[args.dtype])
-    preset = PRESETS[args.preset]
-    preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
+    preset = find_preset(args.preset, model.metadata)
+    if args.solver or args.steps:
+        solver, steps = args.solver or preset.solver, args.steps or preset.steps
+        preset = Preset(solver, steps, consistency=preset.consistency)
+    if args.consistency is not None:
+        preset = preset._replace(consistency=args.consistency)
     upscale = upscaler(model, preset=preset, seed=args.seed, denoise=args.denoise)
+    lite0 = features.read(args.lite0) if args.lite0 else None
 
     settings = {  # what the pictures depend on
         "model": args.model.name,
         "model_sha256": hashlib.sha256(args.model.read_bytes()).hexdigest(),
         **preset._asdict(),
+        "shares": list(preset.shares),
         **{name: getattr(args, name) for name in ("denoise", "seed", "crop", "dtype")},
     }
     rows: list[dict[str, Any]] = []
@@ -144,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if (name, degradation) in done:
                 continue
             original = centre(photo, args.crop)
-            rows.append(measure(name, original, degradation, model, upscale, args.pictures))
+            rows.append(measure(name, original, degradation, model, upscale, args.pictures, lite0))
             print(f"{degradation} {name}: {rows[-1]['seconds']} s", flush=True)
             common.save(args.out, result | {"summary": summary(rows), "rows": rows})
     show(summary(rows))

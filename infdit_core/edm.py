@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 SIGMA_DATA = 0.5
+RESIDUAL_DATA = 0.1
+"""The same for a picture minus its prior: photographs have 0.08 to 0.12."""
+RESIDUAL_MAX = 0.5
+"""Where sampling starts with a prior: five times what it leaves, which is hidden by then."""
 SIGMA_MIN = 0.002
 SIGMA_MAX = 40.0
 RHO = 7.0
@@ -26,12 +30,12 @@ class Preconditioning(NamedTuple):
     c_noise: Tensor
 
 
-def preconditioning(sigma: Tensor) -> Preconditioning:
+def preconditioning(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Preconditioning:
     """The EDM factors of Table 1 for noise levels of any shape."""
-    variance = sigma**2 + SIGMA_DATA**2
+    variance = sigma**2 + sigma_data**2
     return Preconditioning(
-        c_skip=SIGMA_DATA**2 / variance,
-        c_out=sigma * SIGMA_DATA * variance.rsqrt(),
+        c_skip=sigma_data**2 / variance,
+        c_out=sigma * sigma_data * variance.rsqrt(),
         c_in=variance.rsqrt(),
         c_noise=sigma.log() / 4,
     )
@@ -60,14 +64,17 @@ def edm_sigmas(
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
-def partial_sigmas(steps: int, denoise: float, rho: float = RHO) -> Tensor:
+def partial_sigmas(
+    steps: int, denoise: float, rho: float = RHO, sigma_max: float = SIGMA_MAX
+) -> Tensor:
     """Noise levels like `edm_sigmas(steps)` from a lower one on, to start from an upscaled picture.
 
     Args:
         steps: of the whole schedule.
-        denoise: 0..1, the share of it that is left: 1 starts at `SIGMA_MAX`, 0.5 at 1.4, 0.25 at
-            0.11, and 0 gives the single level 0, for no step at all.
+        denoise: 0..1, the share of it that is left: 1 starts at `sigma_max`, 0.5 at 1.4 of 40,
+            0.25 at 0.11, and 0 gives the single level 0, for no step at all.
         rho: spacing of the levels; where they start does not depend on it.
+        sigma_max: where the whole schedule starts.
 
     Raises:
         ValueError: fewer than one step, or a share outside 0..1.
@@ -76,7 +83,7 @@ def partial_sigmas(steps: int, denoise: float, rho: float = RHO) -> Tensor:
         raise ValueError(f"expected denoise in 0..1, got {denoise}")
     if denoise == 0:
         return torch.zeros(1)
-    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    low, high = SIGMA_MIN ** (1 / RHO), sigma_max ** (1 / RHO)
     start = (low + denoise * (high - low)) ** RHO
-    first = start if denoise < 1 else SIGMA_MAX
+    first = start if denoise < 1 else sigma_max
     return edm_sigmas(max(1, round(steps * denoise)), sigma_max=first, rho=rho)

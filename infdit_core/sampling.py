@@ -6,8 +6,9 @@ returns D(x; sigma), and reports each step through `callback` before it takes it
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks.schedules import Full, Schedule
-from .edm import RHO, partial_sigmas
+from .edm import RHO, SIGMA_MAX, partial_sigmas
 from .errors import InfDiTError
 from .network.condition import Condition
 from .network.model import InfDiT
@@ -106,15 +107,23 @@ class Preset(NamedTuple):
 
     solver: str
     steps: int
+    shares: tuple[float, ...] = ()
+    """Noise levels of the steps, of the first one; the schedule that suits the solver if empty."""
+    consistency: int = 0
+    """Back-projections of the result, as `Canvas.consistent` makes them."""
 
     @property
     def evaluations(self) -> int:
         """Of the network: Heun's method takes two a step, but for the last."""
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
-    def sigmas(self, denoise: float = 1.0) -> Tensor:
+    def sigmas(self, denoise: float = 1.0, sigma_max: float = SIGMA_MAX) -> Tensor:
         """The noise levels that suit the solver, as from `partial_sigmas`."""
-        return partial_sigmas(self.steps, denoise, math.inf if self.solver == "multistep" else RHO)
+        if self.shares:
+            first = partial_sigmas(1, denoise, sigma_max=sigma_max)[0]
+            return torch.tensor([*self.shares, 0.0]) * first if denoise else first[None]
+        rho = math.inf if self.solver == "multistep" else RHO
+        return partial_sigmas(self.steps, denoise, rho, sigma_max)
 
 
 PRESETS = {
@@ -126,6 +135,36 @@ PRESETS = {
 (benchmarks/results/solvers.json)."""
 
 SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler, "multistep": multistep}
+AUTO = "auto"
+"""Name of the preset that a model's file asks for."""
+AUTO_KEY = "infdit.preset"
+"""Its key in the file's metadata: JSON with solver, shares and consistency of a `Preset`."""
+
+
+def find_preset(name: str, metadata: Mapping[str, str]) -> Preset:
+    """One of `PRESETS`, or for `AUTO` what the metadata of a model's file asks for, else exact.
+
+    Raises:
+        InfDiTError: there is no such preset, or the metadata hold none that can be used.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if name != AUTO:
+        raise InfDiTError(f"unknown preset {name!r}, expected one of {', '.join([AUTO, *PRESETS])}")
+    if AUTO_KEY not in metadata:
+        return PRESETS["exact"]
+    try:
+        asked = json.loads(metadata[AUTO_KEY])
+        shares = tuple(float(share) for share in asked["shares"])
+        preset = Preset(asked["solver"], len(shares), shares, int(asked.get("consistency", 0)))
+        check_sigmas(torch.tensor([*shares, 0.0]))
+        if preset.solver not in SOLVERS or shares[0] != 1 or preset.consistency < 0:
+            raise ValueError(preset)
+    except (ValueError, TypeError, KeyError, InfDiTError) as error:
+        raise InfDiTError(
+            f"the model file's {AUTO_KEY} cannot be used: {metadata[AUTO_KEY][:200]!r}"
+        ) from error
+    return preset
 
 
 def check_sigmas(sigmas: Tensor) -> list[float]:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .blocks.schedules import Schedule
 from .memory.adaptive import Adaptive, memory_budget
 from .memory.host import require_memory
 from .memory.planner import Workload, plans
 from .network.condition import Condition
+from .network.config import LR_SCALE
 from .network.model import InfDiT
+from .network.prior import interpolate
 from .network.residual_cache import ResidualCache
 from .network.run import Progress
 from .pictures.colour_fix import fix_colours
 from .pictures.prepare import Canvas, check_image, pass_sizes, prepare, target_size
-from .sampling import PRESETS, Callback, Preset, sample
+from .sampling import AUTO, Callback, Preset, find_preset, sample
 
 
 class Draw(Protocol):
@@ -45,7 +48,8 @@ class Sampler:
     """Draws with our own solvers: plans by memory, draws the noise, retries with a smaller plan."""
 
     model: InfDiT
-    preset: Preset = PRESETS["exact"]
+    preset: Preset | str = AUTO
+    """Solver and steps, or their name; auto is what the model's file asks for, else exact."""
     seed: int = 0
     """Of the noise, which is drawn on the CPU: the device does not change the picture."""
     denoise: float = 1.0
@@ -61,6 +65,15 @@ class Sampler:
     progress: Progress | None = None
     """Called after every cell of an evaluation."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.preset, str):
+            self.preset = find_preset(self.preset, self.model.metadata)
+
+    @property
+    def consistency(self) -> int:
+        """Back-projections that the preset asks for."""
+        return cast("Preset", self.preset).consistency
+
     @property
     def block_px(self) -> int:
         return self.model.config.block_px
@@ -71,7 +84,10 @@ class Sampler:
 
     def __call__(self, canvas: Canvas) -> Tensor:
         """A sampled (B, 3, H, W) float32 on the CPU."""
-        sigmas = self.preset.sigmas(self.denoise)
+        preset = cast("Preset", self.preset)
+        sigmas = preset.sigmas(self.denoise, self.model.config.sigma_max)
+        weight = self.model.final.linear.weight
+        canvas = with_prior(canvas, self.model, weight.device, weight.dtype)
         if len(sigmas) < 2:
             return canvas.concat
         retry: Callable | None = None
@@ -87,7 +103,7 @@ class Sampler:
             Condition(concat, canvas.lr.to(device), canvas.vector),
             sigmas,
             noise=noise,
-            solver=self.preset.solver,
+            solver=preset.solver,
             schedule=schedule,
             retry=retry,
             callback=self.callback,
@@ -105,6 +121,28 @@ class Sampler:
         return Adaptive(plans(work), self.memory_bytes or memory_budget(self.model))
 
 
+@torch.no_grad()
+def with_prior(canvas: Canvas, model: InfDiT, device: torch.device, dtype: torch.dtype) -> Canvas:
+    """The canvas with the picture of the model's prior, if it has one, as `concat`.
+
+    A prior makes a picture four times as large. For a smaller factor its picture is made from all
+    pixels of the source, and then reduced.
+
+    Args:
+        device, dtype: of the computation; the pictures stay where they are.
+    """
+    if model.prior is None or canvas.scale <= 1:
+        return canvas
+    if canvas.scale > LR_SCALE * 0.99:
+        return replace(canvas, concat=canvas.concat + model.prior.bands(canvas.lr, device, dtype))
+    source = canvas.source_pixels()
+    large = interpolate(source) + model.prior.bands(source, device, dtype)
+    size = canvas.height, canvas.width
+    concat = canvas.concat.clone()  # what is padded needs no prior
+    concat[..., : size[0], : size[1]] = F.interpolate(large, size, mode="bicubic", antialias=True)
+    return replace(canvas, concat=concat)
+
+
 def upscale(
     image: Tensor,
     size: tuple[int, int] | float = 4.0,
@@ -113,6 +151,7 @@ def upscale(
     model: InfDiT | None = None,
     vectors: Tensor | None = None,
     colour_fix: str = "none",
+    consistency: int | None = None,
     **settings: Any,
 ) -> Tensor:
     """Upscale pictures, each by itself; above 4 times in several passes.
@@ -124,6 +163,8 @@ def upscale(
         model: from `load_model`.
         vectors: (B, vector_size) CLIP embeddings, for models that take them.
         colour_fix: one of `COLOUR_FIXES`.
+        consistency: how many times the result is corrected so that, reduced again, it equals the
+            picture; what the preset asks for if None.
         settings: of `Sampler`, such as `seed`, `preset` or `denoise`.
 
     Returns:
@@ -139,6 +180,8 @@ def upscale(
         draw = Sampler(model, **settings)
     elif settings:
         raise TypeError(f"settings go with a model, not with draw: {', '.join(settings)}")
+    asked = getattr(draw, "consistency", 0)
+    consistency = asked if consistency is None else consistency
     check_image(image)
     source_size = image.shape[1], image.shape[2]
     if not isinstance(size, tuple):
@@ -150,6 +193,6 @@ def upscale(
         for pass_size in pass_sizes(source_size, size):
             canvas = prepare(picture, size=pass_size, block_px=draw.block_px)
             canvas.vector = None if vectors is None else vectors[i : i + 1]
-            picture = canvas.finish(draw(canvas))
+            picture = canvas.finish(canvas.consistent(draw(canvas), consistency))
         results.append(fix_colours(picture, source, colour_fix))
     return torch.cat(results)

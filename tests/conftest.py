@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.comfy import STEPS, Comfy, load_comfy
-from tests.goldens import GOLDEN, TINY, random_tensors
+from tests.goldens import ASKED, GOLDEN, TINY, TINY_PRIOR, random_tensors
 from tools.comfy_server import ComfyServer, running_server
 
 
@@ -41,10 +41,14 @@ def comfy(comfy_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy
 
 @pytest.fixture(scope="session")
 def load(comfy):
-    """Load a model by the loader node: "tiny" without CLIP, "vector" and "clip" with its input."""
+    """Load a model by the loader node.
+
+    "tiny" takes no CLIP embedding, nor does "prior", which has one; "vector" and "clip" do.
+    """
     folder = comfy.models_dir / "infdit"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(random_tensors(TINY), folder / "tiny.safetensors")
+    save_file(random_tensors(TINY_PRIOR), folder / "prior.safetensors", ASKED)
     with_vector = random_tensors(replace(TINY, vector_size=16))
     save_file(with_vector, folder / "vector.safetensors")
     tower = load_file(GOLDEN / "e_clip" / "tiny_clip.safetensors")

@@ -132,3 +132,6 @@ TINY = InfDiTConfig(
     vector_size=0,
 )
 """A network that runs in milliseconds and needs no CLIP."""
+TINY_PRIOR = replace(TINY, prior_width=8, prior_depth=2)
+ASKED = {"infdit.preset": '{"solver": "euler", "shares": [1, 0.25], "consistency": 1}'}
+"""A network of that size with a prior, and what its file asks of the preset auto."""

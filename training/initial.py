@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from infdit_core.network.layers import Layer
 from infdit_core.network.model import InfDiT
+from infdit_core.network.prior import Prior
 
 LR_PEAK = 6.0
 """Logit of the row, and of the column, that a query of the cross attention starts to look at."""
@@ -33,6 +34,8 @@ def initialise(model: InfDiT) -> InfDiT:
     """Small normal weights; modulations and output zero, so that D starts as c_skip · x."""
     depth = 1 / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
+        if name.startswith("prior."):
+            continue
         if name.startswith("final.") or name.startswith("modulations.") or name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif "norm" in name:
@@ -45,7 +48,21 @@ def initialise(model: InfDiT) -> InfDiT:
                 parameter.data.mul_(depth)
     look_at_input(model)
     look_at_neighbours(model)
+    if model.prior is not None:
+        initialise_prior(model.prior)
     return model
+
+
+def initialise_prior(prior: Prior) -> None:
+    """Small normal kernels, so that no pair adds much; the correction to interpolation is zero."""
+    depth = 1 / math.sqrt(2 * len(prior.body))
+    for name, parameter in prior.named_parameters():
+        if parameter.ndim < 4 or name.startswith("tail."):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            if name.endswith("b.weight"):
+                parameter.data.mul_(depth)
 
 
 @torch.no_grad()

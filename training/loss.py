@@ -19,9 +19,9 @@ EXACT = 1.5 / 127.5
 """Error in [-1, 1] below which flat places need not be better: one and a half levels."""
 
 
-def loss_weight(sigma: Tensor) -> Tensor:
+def loss_weight(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
     """The EDM weight of `|D - x0|²`: equal loss at every noise level at initialisation."""
-    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def edm_losses(error: Tensor, sigma: Tensor) -> Tensor:

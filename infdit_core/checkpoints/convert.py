@@ -80,6 +80,7 @@ def convert(
         kept.sort(key=lambda key: (-dtypes[key].itemsize, key))
         sha256 = _sha256(source)
         metadata = {
+            **checkpoint.metadata,
             "format": "pt",
             "infdit.format_version": FORMAT_VERSION,
             "infdit.config": json.dumps(asdict(config)),

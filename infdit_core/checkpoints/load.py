@@ -102,6 +102,7 @@ def load_model(
     with open_checkpoint(path) as checkpoint:
         config, state = read_network(checkpoint)
         model = InfDiT(config, dtype=dtype, device="meta")
+        model.metadata = checkpoint.metadata
         state = {key: tensor.to(device, dtype) for key, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -48,6 +48,10 @@ MODULE_NAMES = {
     _ADALN + "post_cross_attention_layernorm": "cross_attention.output_norm",
     "mixins.final_layer.adaLN_modulation.1": "final.modulation",
     "mixins.final_layer.linear": "final.linear",
+    "prior.head": "prior.head",
+    "prior.body.{n}.a": "prior.body.{n}.a",
+    "prior.body.{n}.b": "prior.body.{n}.b",
+    "prior.tail": "prior.tail",
 }
 """Modules and bare parameters: the release's name to ours; `{n}` is the layer."""
 
@@ -100,7 +104,7 @@ def _renames(config: InfDiTConfig) -> dict[str, str]:
     release = {
         ours.format(n=n): theirs.format(n=n)
         for theirs, ours in MODULE_NAMES.items()
-        for n in range(config.num_layers)
+        for n in range(max(config.num_layers, config.prior_depth))
     }
     renames = {}
     for name in parameter_shapes(config):

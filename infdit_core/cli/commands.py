@@ -25,7 +25,7 @@ from ..network.fp8 import use_fp8
 from ..network.model import InfDiT
 from ..pictures.files import check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
-from ..sampling import PRESETS, Preset
+from ..sampling import Preset, find_preset
 from ..upscale import Sampler, upscale
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
 from .progress import Progress
@@ -103,8 +103,10 @@ def _upscale_picture(
     vectors = None
     if guide:
         vectors = guide.guide(image, args.positive, args.negative, args.text_strength)
-    preset = PRESETS[args.preset]
-    preset = Preset(args.solver or preset.solver, args.steps or preset.steps)
+    preset = find_preset(args.preset, model.metadata)
+    if args.steps or args.solver:
+        solver, steps = args.solver or preset.solver, args.steps or preset.steps
+        preset = Preset(solver, steps, consistency=preset.consistency)
     steps = (len(preset.sigmas(args.denoise)) - 1) * len(pass_sizes((height, width), size))
     with Progress(source.name, steps) as progress:
         draw = Sampler(
@@ -118,7 +120,14 @@ def _upscale_picture(
             progress.step,
             progress.cells,
         )
-        picture = upscale(image, size, draw, vectors=vectors, colour_fix=args.colour_fix)
+        picture = upscale(
+            image,
+            size,
+            draw,
+            vectors=vectors,
+            colour_fix=args.colour_fix,
+            consistency=args.consistency,
+        )
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
     _say(
         f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"

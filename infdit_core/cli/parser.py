@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.load import BUNDLED_FOLDER
 from ..network.config import DTYPES
 from ..pictures.colour_fix import COLOUR_FIXES
-from ..sampling import PRESETS, SOLVERS
+from ..sampling import AUTO, PRESETS, SOLVERS
 from .commands import convert_file, inspect, plan_table, upscale_files
 
 _BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
@@ -88,10 +88,10 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument(
         "--preset",
-        choices=PRESETS,
-        default="exact",
-        help="exact is the authors' choice; fast takes a third of its time, draft a sixth"
-        " (default: %(default)s)",
+        choices=(AUTO, *PRESETS),
+        default=AUTO,
+        help="auto is what the model's file asks for, else exact; exact is the authors' choice;"
+        " fast takes a third of its time, draft a sixth (default: %(default)s)",
     )
     sampling.add_argument("--steps", type=_positive, help="instead of the preset's")
     sampling.add_argument(
@@ -103,8 +103,14 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         "--denoise",
         type=_share,
         default=1.0,
-        help="part of the noise and of the steps, above 0; less keeps closer to the picture"
-        " (default: %(default)g)",
+        help="part of the noise and of the steps, 0 to 1; less keeps closer to the picture, 0 is"
+        " the enlarged picture that sampling starts from (default: %(default)g)",
+    )
+    sampling.add_argument(
+        "--consistency",
+        type=_count,
+        help="correct the result so many times that, reduced again, it equals the picture"
+        " (default: what the preset asks for, mostly 0)",
     )
     sampling.add_argument(
         "--colour-fix",
@@ -255,6 +261,7 @@ def _number(kind: Callable, fits: Callable[[Any], bool], expected: str) -> Calla
     return parse
 
 
-_share = _number(float, lambda n: 0 < n <= 1, "a number above 0 and up to 1")
+_share = _number(float, lambda n: 0 <= n <= 1, "a number from 0 to 1")
+_count = _number(int, lambda n: n >= 0, "a whole number of at least 0")
 _positive = _number(int, lambda n: n >= 1, "a whole number of at least 1")
 _seed = _number(int, lambda n: 0 <= n <= 2**64 - 1, "a number from 0 to 2^64 - 1")

@@ -20,6 +20,7 @@ from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE, InfDiTConfig
 from ..network.model import InfDiT
+from ..network.prior import BAND_PX, Prior
 from ..network.run import Run
 from ..network.shapes import parameter_shapes
 from ..network.streaming import resident_parameters
@@ -139,8 +140,9 @@ def plans(work: Workload) -> list[Plan]:
 
 
 def peak_bytes(work: Workload, schedule: Schedule) -> int:
-    """Bytes alive on the device at the peak of sampling."""
+    """Bytes alive on the device at the peak: of sampling, or of the prior before it."""
     total = evaluation_bytes(work, schedule) + _lr_bytes(work, kept=schedule.keep_lr)
+    total = max(total, prior_bytes(work))
     if work.pictures and schedule.pictures_device is None:
         total += work.picture_bytes
     if work.residual and not schedule.tokens_on_host:
@@ -179,6 +181,17 @@ def weight_bytes(config: InfDiTConfig, dtype: torch.dtype, *, streamed: bool = F
         return sum(math.prod(s) for s in parameter_shapes(config).values()) * dtype.itemsize
     net = InfDiT(config, dtype=dtype, device="meta")
     return sum(p.nbytes for p in [*resident_parameters(net), *net.layers[0].parameters()])
+
+
+def prior_bytes(work: Workload) -> int:
+    """Bytes of the prior at work, which is over when sampling begins; 0 without one."""
+    config = work.config
+    if not config.prior_width:
+        return 0
+    width = work.grid.columns * config.block_px // LR_SCALE
+    height = work.grid.rows * config.block_px // LR_SCALE
+    rows = max(1, BAND_PX // (work.batch * width)) + 2 * (2 * config.prior_depth + 2)
+    return _prior_band_bytes(config, work.batch, min(rows, height), width, work.dtype)
 
 
 def evaluation_flop(config: InfDiTConfig, height: int, width: int) -> float:
@@ -242,6 +255,18 @@ def _chunk_bytes(
             x, sigma, cond, LayerMajor(rows * columns, keep_lr=keep_lr), run=run, dtype=dtype
         )
     return live.peak - result.nbytes  # counted with the pictures
+
+
+@lru_cache(maxsize=256)
+def _prior_band_bytes(
+    config: InfDiTConfig, batch: int, height: int, width: int, dtype: torch.dtype
+) -> int:
+    """Peak of the prior over a band of an LR picture."""
+    prior = Prior(config.prior_width, config.prior_depth, dtype=dtype, device="meta")
+    prior.requires_grad_(False)
+    with LiveBytes() as live:
+        prior(torch.empty(batch, 3, height, width, dtype=dtype, device="meta"))
+    return live.peak
 
 
 def _attend_without_memory(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

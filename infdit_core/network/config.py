@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..edm import RESIDUAL_DATA, RESIDUAL_MAX, SIGMA_DATA, SIGMA_MAX
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ADALN = "mixins.adaln_layer."
@@ -51,6 +53,20 @@ class InfDiTConfig:
     The release wraps at 1024 patches (4096 px), which breaks the neighbourhood there. Below that
     size both agree, so true positions are the default.
     """
+    prior_width: int = 0
+    """Channels of the prior; 0 for a model without one, which diffuses whole pictures."""
+    prior_depth: int = 0
+    """Residual pairs of convolutions of the prior."""
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of what is diffused: pictures, or what a prior leaves of them."""
+        return RESIDUAL_DATA if self.prior_width else SIGMA_DATA
+
+    @property
+    def sigma_max(self) -> float:
+        """Noise level at which sampling starts."""
+        return RESIDUAL_MAX if self.prior_width else SIGMA_MAX
 
     @property
     def head_dim(self) -> int:
@@ -89,6 +105,7 @@ class InfDiTConfig:
         mlp = _shape(shapes, "transformer.layers.0.mlp.dense_h_to_4h.weight", 2)
         time = _shape(shapes, "time_embed.mlp.0.weight", 2)
         vector_key = "cond_embed.map_vector.0.weight"
+        prior_key = "prior.head.weight"
         config = cls(
             hidden_size=patch[0],
             num_layers=segments[0],
@@ -98,6 +115,8 @@ class InfDiTConfig:
             mlp_size=mlp[0],
             vector_size=_shape(shapes, vector_key, 2)[1] if vector_key in shapes else 0,
             time_features=time[1],
+            prior_width=_shape(shapes, prior_key, 4)[0] if prior_key in shapes else 0,
+            prior_depth=sum(key.endswith(".a.weight") for key in shapes if key[:6] == "prior."),
         )
         config.validate()
         return config
@@ -110,7 +129,8 @@ class InfDiTConfig:
         )  # fmt: skip
         if min(*sizes, self.num_layers) < 1:
             raise ValueError(f"sizes must be positive, got {self}")
-        if max(*sizes, self.vector_size) > _MAX_SIZE or self.num_layers > _MAX_LAYERS:
+        layers = max(self.num_layers, self.prior_depth)
+        if max(*sizes, self.vector_size, self.prior_width) > _MAX_SIZE or layers > _MAX_LAYERS:
             raise ValueError(
                 f"expected at most {_MAX_LAYERS} layers and sizes up to {_MAX_SIZE}, got {self}"
             )

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from ..blocks.grid import Chunk, Frontier, Grid
 from ..blocks.schedules import Full, Schedule
-from ..edm import preconditioning
+from ..edm import SIGMA_DATA, preconditioning
 from ..errors import InfDiTError
 from .attention import Attend, sdpa
 from .condition import Condition
 from .config import LR_SCALE, InfDiTConfig
 from .layers import FinalLayer, Layer, LRCrossAttention, MLPEmbedding, layer_norm, time_features
+from .prior import Prior
 from .rope import Rotary, rotary_factors
 from .run import Run
 from .streaming import STREAMED, LayerStream
@@ -62,6 +63,13 @@ class InfDiT(nn.Module):
             Layer(config, factory, operations) for _ in range(config.num_layers)
         )
         self.final = FinalLayer(config, factory, operations)
+        self.prior = (
+            Prior(config.prior_width, config.prior_depth, operations=operations, **factory)
+            if config.prior_width
+            else None
+        )
+        self.metadata: dict[str, str] = {}
+        """Text that the file of the weights carries."""
         self._stream: LayerStream | None = None
 
     def forward(
@@ -77,10 +85,11 @@ class InfDiT(nn.Module):
         """The raw network F.
 
         Args:
-            x: (B, 3, H, W) the noisy picture times c_in. It and `cond.concat` may lie on another
-                device than sigma: they are copied chunk by chunk.
+            x: (B, 3, H, W) the noisy picture times c_in; with a prior, what it adds to the prior's
+                picture. It and `cond.concat` may lie on another device than sigma: they are copied
+                chunk by chunk.
             sigma: (B,) noise levels, on the device of the computation.
-            cond: the condition; `cond.concat` is multiplied by c_in here.
+            cond: the condition; `cond.concat` is scaled here.
             schedule: the order of computation; `Full()` if None. The result does not depend on it.
             run: what one evaluation leaves to the next; nothing if None.
             dtype: of the computation; that of x if None.
@@ -97,7 +106,7 @@ class InfDiT(nn.Module):
         if schedule.stream_weights and self._stream is None:
             self.stream_layers(device)
         grid = self.grid(x)
-        c_in = preconditioning(sigma.float()).c_in[:, None, None, None]
+        concat_scale = self._concat_scale(sigma)
         modulations, final = self.modulate(sigma, cond.vector, dtype)
         rotary = self.rotary(grid, cond.origin, device)
         lr_kv = self._lr_kv_of(cond.lr.to(device, dtype), run, schedule.keep_lr)
@@ -114,7 +123,7 @@ class InfDiT(nn.Module):
         with schedule.tokens(device, cells) as waiting:
             for done, (n, chunk) in enumerate(cells, 1):
                 if n == 0:
-                    tokens = self.embed(x, cond.concat, c_in, chunk, dtype)
+                    tokens = self.embed(x, cond.concat, concat_scale, chunk, dtype)
                 else:
                     tokens = waiting.pop(chunk)
                 # (B, r, c, T, hidden) all the way
@@ -144,13 +153,30 @@ class InfDiT(nn.Module):
     ) -> Tensor:
         """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
 
-        The network runs in the dtype of its parameters, preconditioning in that of x.
+        With a prior, `cond.concat` is its picture P, and what is denoised is what x adds to it:
+        D(x) = P + c_skip · (x - P) + c_out · F(c_in · (x - P)). The network runs in the dtype of
+        its parameters, preconditioning in that of x.
         """
         weight = self.final.linear.weight
         sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
-        c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in preconditioning(sigmas))
+        factors = preconditioning(sigmas, self.config.sigma_data)
+        c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in factors)
+        base = None if self.prior is None else cond.concat.to(x)
+        if base is not None:
+            x = x - base
         raw = self(x * c_in, sigmas.to(weight.device), cond, schedule, run=run, dtype=weight.dtype)
-        return c_out * raw + c_skip * x
+        denoised = c_out * raw + c_skip * x
+        return denoised if base is None else base + denoised
+
+    def _concat_scale(self, sigma: Tensor) -> Tensor:
+        """(B, 1, 1, 1) what `cond.concat` is multiplied by beside a picture times c_in.
+
+        A prior's picture has the size of a picture whatever the noise is: c_in of what is diffused
+        would make it ten times as large.
+        """
+        if self.prior is None:
+            return preconditioning(sigma.float()).c_in[:, None, None, None]
+        return torch.full_like(sigma.float(), 1 / SIGMA_DATA)[:, None, None, None]
 
     def grid(self, x: Tensor) -> Grid:
         """The block grid of a picture (..., H, W) in pixels.
@@ -200,12 +226,12 @@ class InfDiT(nn.Module):
         return Rotary(factors(grid.rows, origin[0]), factors(grid.columns, origin[1]))
 
     def embed(
-        self, x: Tensor, concat: Tensor, c_in: Tensor, chunk: Chunk, dtype: torch.dtype
+        self, x: Tensor, concat: Tensor, concat_scale: Tensor, chunk: Chunk, dtype: torch.dtype
     ) -> Tensor:
-        """Tokens (B, r, c, T, hidden) of a chunk; x, concat (B, 3, H, W), c_in (B, 1, 1, 1)."""
+        """Tokens (B, r, c, T, hidden) of a chunk; x, concat (B, 3, H, W), scale (B, 1, 1, 1)."""
         rows, columns = chunk.scaled(self.config.block_px)
-        x, c = (p[..., rows, columns].to(c_in.device) for p in (x, concat))
-        tokens = self.patch_embed(torch.cat([x, c * c_in], dim=1).to(dtype))
+        x, c = (p[..., rows, columns].to(concat_scale.device) for p in (x, concat))
+        tokens = self.patch_embed(torch.cat([x, c * concat_scale], dim=1).to(dtype))
         # (B, hidden, patch rows, patch columns)
         return rearrange(
             tokens, "b h (r y) (c x) -> b r c (y x) h", r=chunk.rows, c=chunk.columns

@@ -44,6 +44,26 @@ class Canvas:
     vector: Tensor | None = None
     """(B, vector_size) CLIP embedding, for models that take one."""
 
+    @property
+    def scale(self) -> float:
+        """How many times higher or wider the target is than the picture: the larger of both."""
+        return max(self.height / self.source.shape[1], self.width / self.source.shape[2])
+
+    def source_pixels(self) -> Tensor:
+        """The picture itself as (B, 3, h, w) float32 in [-1, 1], without alpha."""
+        return _pixels(self.source)[:, :3].expand(-1, 3, -1, -1) * 2 - 1
+
+    def consistent(self, x: Tensor, times: int) -> Tensor:
+        """A sampled (B, 3, H, W) that, reduced again, comes nearer to the LR picture.
+
+        Adds the enlarged difference of both, `times` over (back-projection).
+        """
+        quarter = (1 / LR_SCALE, 1 / LR_SCALE)
+        for _ in range(times):
+            missing = self.lr.to(x) - _resize(x, quarter, tuple(self.lr.shape[-2:]))
+            x = x + _resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
+        return x
+
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""
         return Condition(self.concat, self.lr, self.vector if vector is None else vector)
@@ -96,7 +116,7 @@ def prepare(
             f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
         )
 
-    pixels = image.float().permute(0, 3, 1, 2).clamp(0, 1)
+    pixels = _pixels(image)
     alpha = None
     if pixels.shape[1] == 4:
         alpha = F.interpolate(pixels[:, 3:], size=size, mode="bicubic", antialias=True)
@@ -144,6 +164,11 @@ def target_size(
         raise PreparationError(f"expected a factor above 0, got {upscale_by}")
     height, width = (max(1, round(side * upscale_by)) for side in source)
     return height, width
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """(B, H, W, C) as (B, C, H, W) float32 in 0..1."""
+    return image.float().permute(0, 3, 1, 2).clamp(0, 1)
 
 
 def check_image(image: Tensor) -> None:

@@ -10,7 +10,7 @@ from ...infdit_core.memory.host import require_memory
 from ...infdit_core.pictures.colour_fix import fix_colours
 from ...infdit_core.pictures.prepare import Canvas, prepare, target_size
 from ..common import CATEGORY, CanvasType, named_errors, require
-from .comfy_model import conditioning_of
+from .comfy_model import conditioning_of, with_prior
 from .inputs import (
     check_inputs,
     colour_fix_input,
@@ -61,6 +61,7 @@ class InfDiTConditioning(io.ComfyNode):
         size = target_size((image.shape[1], image.shape[2]), upscale_by, longest_edge)
         require_memory(size, model.load_device, at_once=image.shape[0])
         canvas = prepare(image, size=size, block_px=model.model.infdit_config.block_px)
+        canvas = with_prior(model, canvas)
         concat, conditioning = conditioning_of(canvas.condition(vectors))
         return io.NodeOutput(conditioning, {"samples": concat}, canvas)
 

@@ -29,6 +29,8 @@ from ...infdit_core.network.config import InfDiTConfig
 from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
+from ...infdit_core.pictures.prepare import Canvas
+from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import require
 
 CLIP_ATTACHMENT = "infdit_clip"
@@ -77,6 +79,10 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
         weight_dtype=state_dict["final.linear.weight"].dtype,
     )
     model_config = InfDiTModelConfig({"config": config})
+    model_config.sampling_settings = InfDiTModelConfig.sampling_settings | {
+        "sigma_max": config.sigma_max,
+        "sigma_data": config.sigma_data,
+    }
     if fp8:
         model_config.quant_config = {"mixed_ops": True}  # as core sets it for quantised files
         state_dict |= _quantized({k: v for k, v in state_dict.items() if _FP8_WEIGHT.fullmatch(k)})
@@ -92,6 +98,7 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
         model, load_device=load_device, offload_device=offload_device
     )
     model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
+    model.infdit.metadata = checkpoint.metadata
     return patcher
 
 
@@ -159,7 +166,11 @@ class InfDiTModel(comfy.model_base.BaseModel):
 
     @property
     def infdit_config(self) -> InfDiTConfig:
-        return self.diffusion_model.net.config
+        return self.infdit.config
+
+    @property
+    def infdit(self) -> InfDiT:
+        return self.diffusion_model.net
 
     def extra_conds(self, **kwargs):
         """The picture's conditions, as `conditioning_of` put them into CONDITIONING."""
@@ -167,7 +178,10 @@ class InfDiTModel(comfy.model_base.BaseModel):
         for name in _CONDITIONS:
             if (tensor := kwargs.get(_KEY + name)) is not None:
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
-        out["run"] = comfy.conds.CONDConstant(PlannedRun())
+        run = PlannedRun()
+        if self.infdit.prior is not None and "concat" in out:
+            run.base = out["concat"].cond.float()
+        out["run"] = comfy.conds.CONDConstant(run)
         return out
 
     def memory_required(self, input_shape, cond_shapes=None):
@@ -193,6 +207,8 @@ class PlannedRun(Run):
     """A sampling run that is planned at its first evaluation."""
 
     adaptive: Adaptive | None = None
+    base: torch.Tensor | None = None
+    """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
 
     def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
         """The fastest schedule for x (B, 3, H, W) that fits."""
@@ -231,8 +247,10 @@ class DiffusionModel(torch.nn.Module):
         if run.cache is None and (layers := options.get(REUSE_LAYERS, 0)):
             run.cache = ResidualCache(layers, _SAME_SIGMA)
 
+        sigma = (4 * timestep).exp()
+
         def evaluate(schedule: Schedule) -> torch.Tensor:
-            return self.net(x, (4 * timestep).exp(), cond, schedule, run=run)
+            return self._evaluate(x, sigma, cond, schedule, run)
 
         if (schedule := options.get(SCHEDULE)) is not None:
             return evaluate(schedule)
@@ -240,6 +258,30 @@ class DiffusionModel(torch.nn.Module):
         if (told := options.get(PLAN)) is not None:
             told(adaptive.plan)
         return adaptive.call(evaluate)
+
+    def _evaluate(
+        self, x: torch.Tensor, sigma: torch.Tensor, cond: Condition, schedule: Schedule, run
+    ) -> torch.Tensor:
+        """F, or with a prior what ComfyUI's c_skip · x + c_out · F must be given in its place.
+
+        What is denoised then is x - P: D = P + c_skip · (x - P) + c_out · F(c_in · (x - P)).
+        """
+        if run.base is None:
+            return self.net(x, sigma, cond, schedule, run=run)
+        data = self.net.config.sigma_data
+        c_in = edm.preconditioning(sigma.float(), data).c_in[:, None, None, None]
+        scaled = c_in * run.base  # 1 - c_skip is c_out · c_in · sigma / sigma_data
+        out = self.net((x - scaled).to(x.dtype), sigma, cond, schedule, run=run)
+        return out.float() + sigma.float()[:, None, None, None] / data * scaled
+
+
+def with_prior(model, canvas: Canvas) -> Canvas:
+    """The canvas with the picture of the model's prior, if it has one, as `concat`."""
+    if model.model.infdit.prior is None:
+        return canvas
+    comfy.model_management.load_models_gpu([model])
+    dtype = model.model.get_dtype_inference()
+    return computed_with_prior(canvas, model.model.infdit, model.load_device, dtype)
 
 
 def _interruptible(report):

@@ -15,10 +15,10 @@ from comfy_api.latest import io
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
-from ...infdit_core.sampling import PRESETS, SOLVERS, Step, check_sigmas
+from ...infdit_core.sampling import AUTO, PRESETS, SOLVERS, Step, check_sigmas, find_preset
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
-from .comfy_model import PLAN, PROGRESS, conditioning_of
+from .comfy_model import PLAN, PROGRESS, conditioning_of, with_prior
 from .inputs import (
     check_inputs,
     colour_fix_input,
@@ -62,12 +62,13 @@ class InfDiTSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=[*PRESETS, AUTO],
                     default="exact",
                     optional=True,
                     tooltip="Exact is the authors' solver with the number of steps above. Fast"
-                    " takes 12 evaluations of the network instead of 39, and with the bundled"
-                    " model its error is smaller. Draft takes 6: for a first look.",
+                    " takes 12 evaluations of the network instead of 39. Draft takes 6: for a first"
+                    " look. Auto is what the model's file asks for: two evaluations with the small"
+                    " model of this pack, exact where a file asks for nothing.",
                 ),
                 longest_edge_input(),
                 io.Float.Input(
@@ -78,9 +79,9 @@ class InfDiTSampler(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="Fidelity: how much noise is put on the enlarged picture at the start."
-                    " Less keeps closer to the input picture and takes as much fewer"
-                    " evaluations. The useful range, measured with the bundled model, is 0.2 to"
-                    " 0.6: below it is little but bicubic enlarging, above it nearly what 1 makes.",
+                    " Less keeps closer to the input picture and, but for auto, takes as much fewer"
+                    " evaluations. At 0 nothing is sampled: with the small model of this pack that"
+                    " is the sharp picture its prior makes, with others bicubic enlarging.",
                 ),
                 colour_fix_input(),
                 io.Sampler.Input(
@@ -93,7 +94,7 @@ class InfDiTSampler(io.ComfyNode):
                     "sigmas",
                     optional=True,
                     tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
-                    " from 40 for a whole run.",
+                    " from 40 for a whole run, from 0.5 with the small model of this pack.",
                 ),
             ],
             outputs=picture_outputs(),
@@ -127,11 +128,11 @@ class InfDiTSampler(io.ComfyNode):
         vectors = check_inputs(model, image, guidance)
         source_size = image.shape[1], image.shape[2]
         size = target_size(source_size, upscale_by, longest_edge)
-        chosen = PRESETS[preset]
+        chosen = find_preset(preset, model.model.infdit.metadata)
         if preset == "exact":
             chosen = chosen._replace(steps=steps)
         if sigmas is None:
-            sigmas = chosen.sigmas(denoise)
+            sigmas = chosen.sigmas(denoise, model.model.infdit_config.sigma_max)
         steps = len(sigmas) - 1
         evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
         runs = len(pass_sizes(source_size, size)) * image.shape[0]
@@ -139,7 +140,7 @@ class InfDiTSampler(io.ComfyNode):
             evaluations * runs, steps * runs, cls.hidden.unique_id if cls.hidden else None
         )
         sampler = sampler or core_sampler(chosen.solver)
-        draw = GuiderDraw(model, sampler, sigmas, seed, progress)
+        draw = GuiderDraw(model, sampler, sigmas, seed, progress, chosen.consistency)
         return picture_output(upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix))
 
 
@@ -152,6 +153,8 @@ class GuiderDraw:
     sigmas: torch.Tensor
     seed: int
     progress: SamplingProgress
+    consistency: int = 0
+    """Back-projections of the result."""
 
     @property
     def block_px(self) -> int:
@@ -163,6 +166,7 @@ class GuiderDraw:
 
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
+        canvas = with_prior(self.model, canvas)
         concat, conditioning = conditioning_of(canvas.condition())
         if len(self.sigmas) < 2:
             return concat

@@ -25,13 +25,31 @@ def ksampler(pack, model, image, steps, seed):
     return pack.nodes["InfDiTDecode"].execute({"samples": samples}, canvas).args[0]
 
 
-def test_ksampler_equals_upscale(comfy, load, upscale):
-    """heun / karras / 20 steps of core and our node: one picture."""
-    model, _ = load("tiny")
+@pytest.mark.parametrize("name", ["tiny", "prior"])
+def test_ksampler_equals_upscale_and_the_engine(comfy, load, upscale, name):
+    """heun / karras / 20 steps of core, our node and our own sampler: one picture."""
+    model, _ = load(name)
     image = torch.rand(1, 20, 30, 3)
     by_ksampler = ksampler(comfy, model, image, 20, seed=7)
     by_node = upscale(model, image, 4.0, seed=7, steps=20)
     torch.testing.assert_close(by_node, by_ksampler, atol=1e-3, rtol=0)
+
+    engine = comfy.module("infdit_core")
+    net = engine.load_model(comfy.models_dir / "infdit" / f"{name}.safetensors")
+    by_engine = engine.upscale(image, model=net, seed=7, preset="exact")
+    torch.testing.assert_close(by_engine, by_ksampler, atol=1e-3, rtol=0)
+
+
+def test_auto_does_what_the_file_asks_for(comfy, load, upscale, bar):
+    model, image = load("prior")[0], torch.rand(1, 20, 30, 3)
+    by_node = upscale(model, image, 4.0, seed=7, preset="auto")
+    net = comfy.module("infdit_core").load_model(comfy.models_dir / "infdit" / "prior.safetensors")
+    by_engine = comfy.module("infdit_core").upscale(image, model=net, seed=7)
+    torch.testing.assert_close(by_node, by_engine, atol=1e-4, rtol=0)
+    assert bar[-1][0] == bar[-1][1]
+    alone = upscale(model, image, 4.0, preset="auto", denoise=0.0)
+    expected = comfy.module("infdit_core").upscale(image, model=net, denoise=0)
+    torch.testing.assert_close(alone, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -242,7 +242,7 @@ PLAN = ["plan", "--size"]
         (["upscale", "a.png"], "-o/--output"),
         ([*UPSCALE, "--steps", "0"], "at least 1, got '0'"),
         ([*UPSCALE, "--seed", "-1"], "2^64 - 1"),
-        ([*UPSCALE, "--denoise", "0"], "above 0 and up to 1"),
+        ([*UPSCALE, "--denoise", "-1"], "from 0 to 1"),
         ([*UPSCALE, "--scale", "2", "--size", "9"], "not allowed"),
         ([*UPSCALE, "--blocks", "2"], "--schedule"),
         ([*UPSCALE, "--schedule", "full", "--memory", "8GB"], "--memory goes with --schedule auto"),

@@ -1,0 +1,129 @@
+"""A prior by itself, on a CPU: python -m training.prior PHOTOS OUT.safetensors --minutes 40
+
+Crops of photographs (what photos.py made), reduced bicubic, and the correction to interpolation
+that a small convolution network adds: first the L1 norm, then the L2 norm, whose minimum is the
+mean. Ends by the clock; `--start` goes on from an OUT. The file fits `training.export --prior`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from infdit_core.network.prior import Prior, interpolate
+from training.data import Photos, reduce_bicubic
+from training.initial import initialise_prior
+from training.muon import cosine, optimizers
+
+L1_SHARE = 0.6
+"""Of the time; L2 follows."""
+DECAY = 0.998
+"""Of the averaged weights, per step."""
+EVERY_S = 100
+"""Seconds between two lines of the log and two files."""
+TEST_PX = 256
+
+logger = logging.getLogger(__name__)
+
+
+def enlarged(prior: nn.Module, lr: Tensor) -> Tensor:
+    """P in float32: (B, 3, h, w) -> (B, 3, 4h, 4w)."""
+    correction = prior(lr.contiguous(memory_format=torch.channels_last))
+    return interpolate(lr) + correction.float()
+
+
+def charbonnier(error: Tensor, epsilon: float = 1e-3) -> Tensor:
+    """A smooth L1 norm."""
+    return (error.square() + epsilon**2).sqrt().mean() - epsilon
+
+
+def psnr(ours: Tensor, original: Tensor) -> Tensor:
+    """(B,) dB of pictures in [-1, 1], in 8-bit levels as they are saved."""
+    levels = ((ours.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return -10 * (levels - original).square().mean(dim=(1, 2, 3)).clamp(min=1e-9).log10()
+
+
+def gain(ours: Tensor, lr: Tensor, original: Tensor) -> float:
+    """Mean dB over bicubic interpolation."""
+    return round((psnr(ours, original) - psnr(interpolate(lr), original)).mean().item(), 3)
+
+
+def held_out(folder: Path) -> Tensor:
+    """(N, 3, TEST_PX, TEST_PX) in [-1, 1]: the centres of photographs that are never trained on."""
+    centres = []
+    for path in sorted(folder.glob("*.npy")):
+        photo = np.load(path, mmap_mode="r")
+        top, left = ((side - TEST_PX) // 2 for side in photo.shape[:2])
+        centres.append(np.array(photo[top : top + TEST_PX, left : left + TEST_PX]))
+    return torch.from_numpy(np.stack(centres)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--start", type=Path, help="an OUT to go on from")
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--depth", type=int, default=6, help="residual pairs of convolutions")
+    parser.add_argument("--crop", type=int, default=128, help="side of the crops in pixels")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=4e-3, help="of Muon; Adam takes half")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    prior = Prior(args.width, args.depth)
+    if args.start:
+        state = load_file(args.start)
+        prior.load_state_dict({k.removeprefix("prior."): v for k, v in state.items()})
+    else:
+        initialise_prior(prior)
+    prior.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    photos, numpy = Photos(args.photos / "train", args.crop), np.random.default_rng(args.seed)
+    original = held_out(args.photos / "test")
+    lr = reduce_bicubic(original)
+    average = copy.deepcopy(prior).requires_grad_(False)
+    found = optimizers(prior.body.parameters(), prior, args.rate, args.rate / 2)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in found]
+    began, step, last, part = time.monotonic(), 0, -EVERY_S, 0.0
+
+    def report() -> None:
+        with torch.no_grad():
+            found_gain = gain(enlarged(average, lr), lr, original)
+        logger.info("step %d, part %.3f: %.3f dB over bicubic", step, part, found_gain)
+        state = average.state_dict().items()
+        save_file({f"prior.{k}": v.contiguous() for k, v in state}, args.out)
+
+    while (part := (time.monotonic() - began) / (60 * args.minutes)) < 1:
+        cosine(found, rates, step, part)
+        crops = photos.batch(args.batch, numpy)
+        error = enlarged(prior, reduce_bicubic(crops)) - crops
+        loss = charbonnier(error) if part < L1_SHARE else 10 * error.square().mean()
+        loss.backward()
+        for optimizer in found:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        kept = min(DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for ours, theirs in zip(average.parameters(), prior.parameters(), strict=True):
+                ours.lerp_(theirs, 1 - kept)
+        step += 1
+        if time.monotonic() - began - last > EVERY_S:
+            report()
+            last = time.monotonic() - began
+    report()
+
+
+if __name__ == "__main__":
+    main()
