@@ -19,6 +19,7 @@ from .network.residual_cache import ResidualCache
 from .network.run import Progress
 from .pictures.colour_fix import fix_colours
 from .pictures.prepare import Canvas, check_image, pass_sizes, prepare, target_size
+from .pictures.start import check_start, start_picture
 from .sampling import PRESETS, Callback, Preset, sample
 
 
@@ -73,7 +74,7 @@ class Sampler:
         """A sampled (B, 3, H, W) float32 on the CPU."""
         sigmas = self.preset.sigmas(self.denoise)
         if len(sigmas) < 2:
-            return canvas.concat
+            return canvas.first
         retry: Callable | None = None
         schedule = self.schedule
         if schedule is None:
@@ -93,6 +94,7 @@ class Sampler:
             callback=self.callback,
             progress=self.progress,
             cache=ResidualCache(self.reuse_layers) if self.reuse_layers else None,
+            start=canvas.start,
         ).cpu()
 
     def plan(self, canvas: Canvas) -> Adaptive:
@@ -113,6 +115,7 @@ def upscale(
     model: InfDiT | None = None,
     vectors: Tensor | None = None,
     colour_fix: str = "none",
+    start: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """Upscale pictures, each by itself; above 4 times in several passes.
@@ -124,6 +127,8 @@ def upscale(
         model: from `load_model`.
         vectors: (B, vector_size) CLIP embeddings, for models that take them.
         colour_fix: one of `COLOUR_FIXES`.
+        start: (1 or B, h, w, C) in 0..1, upscaled pictures of another origin that sampling starts
+            from, in the last pass; the conditions stay those of `image`.
         settings: of `Sampler`, such as `seed`, `preset` or `denoise`.
 
     Returns:
@@ -143,13 +148,18 @@ def upscale(
     source_size = image.shape[1], image.shape[2]
     if not isinstance(size, tuple):
         size = target_size(source_size, size)
+    if start is not None:
+        check_start(start, len(image), size)
     require_memory(size, draw.device, results=len(image))
+    passes = pass_sizes(source_size, size)
     results = []
     for i, source in enumerate(image.split(1)):
         picture = source
-        for pass_size in pass_sizes(source_size, size):
+        for n, pass_size in enumerate(passes, 1):
             canvas = prepare(picture, size=pass_size, block_px=draw.block_px)
             canvas.vector = None if vectors is None else vectors[i : i + 1]
+            if start is not None and n == len(passes):
+                canvas.start = start_picture(start[i % len(start)][None], canvas, draw.block_px)
             picture = canvas.finish(draw(canvas))
         results.append(fix_colours(picture, source, colour_fix))
     return torch.cat(results)

@@ -25,6 +25,7 @@ from ..network.fp8 import use_fp8
 from ..network.model import InfDiT
 from ..pictures.files import check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
+from ..pictures.start import check_start
 from ..sampling import PRESETS, Preset
 from ..upscale import Sampler, upscale
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
@@ -39,6 +40,8 @@ def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that fails, and leave alone what is there already."""
     _check_schedule(args)
     jobs = plan_jobs(args.input, args.output, args.format, args.overwrite)
+    if args.start and not jobs.single:
+        raise UsageError("--start goes with a single picture")
     for target in jobs.finished:
         _say(f"{target} is there already; --overwrite replaces it")
     if not jobs.todo:
@@ -100,6 +103,10 @@ def _upscale_picture(
     check_writable(target, alpha=image.shape[-1] == 4, bit_depth=args.bit_depth)
     height, width = image.shape[1:3]
     size = target_size((height, width), args.scale, args.size)
+    start = None
+    if args.start:
+        start, _ = read_image(args.start)
+        check_start(start, 1, size)
     vectors = None
     if guide:
         vectors = guide.guide(image, args.positive, args.negative, args.text_strength)
@@ -118,7 +125,9 @@ def _upscale_picture(
             progress.step,
             progress.cells,
         )
-        picture = upscale(image, size, draw, vectors=vectors, colour_fix=args.colour_fix)
+        picture = upscale(
+            image, size, draw, vectors=vectors, colour_fix=args.colour_fix, start=start
+        )
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
     _say(
         f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"

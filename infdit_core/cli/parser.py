@@ -107,6 +107,12 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         " (default: %(default)g)",
     )
     sampling.add_argument(
+        "--start",
+        type=Path,
+        help="another upscaler's picture of the one input, to start from in place of the enlarged"
+        " input; --denoise says how much of it is drawn again",
+    )
+    sampling.add_argument(
         "--colour-fix",
         choices=COLOUR_FIXES,
         default="none",

@@ -43,6 +43,13 @@ class Canvas:
     """(B, height, width, 1) float32 in 0..1, if the picture had alpha."""
     vector: Tensor | None = None
     """(B, vector_size) CLIP embedding, for models that take one."""
+    start: Tensor | None = None
+    """(B, 3, H, W) float32 in [-1, 1]: what sampling starts from in place of `concat`."""
+
+    @property
+    def first(self) -> Tensor:
+        """(B, 3, H, W): the picture that sampling starts from, without noise."""
+        return self.concat if self.start is None else self.start
 
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""

@@ -95,6 +95,14 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
                     " from 40 for a whole run.",
                 ),
+                io.Image.Input(
+                    "start_image",
+                    optional=True,
+                    tooltip="Another upscaler's picture of the same image to start from, in place"
+                    " of the enlarged one; it is resized to the result. denoise says how much of"
+                    " it is drawn again: try 0.2 to 0.5; at 1 nothing of it is left. image stays"
+                    " what the model looks at.",
+                ),
             ],
             outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -117,6 +125,7 @@ class InfDiTSampler(io.ComfyNode):
         colour_fix: str = "none",
         sampler: comfy.samplers.Sampler | None = None,
         sigmas: torch.Tensor | None = None,
+        start_image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         if sigmas is not None:
             _check_sigmas(sigmas)
@@ -124,6 +133,8 @@ class InfDiTSampler(io.ComfyNode):
             raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
         if sampler is not None:
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
+        if start_image is not None:
+            require(start_image, torch.Tensor, "start_image: expected an IMAGE")
         vectors = check_inputs(model, image, guidance)
         source_size = image.shape[1], image.shape[2]
         size = target_size(source_size, upscale_by, longest_edge)
@@ -140,7 +151,10 @@ class InfDiTSampler(io.ComfyNode):
         )
         sampler = sampler or core_sampler(chosen.solver)
         draw = GuiderDraw(model, sampler, sigmas, seed, progress)
-        return picture_output(upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix))
+        result = upscale(
+            image, size, draw, vectors=vectors, colour_fix=colour_fix, start=start_image
+        )
+        return picture_output(result)
 
 
 @dataclass
@@ -163,9 +177,10 @@ class GuiderDraw:
 
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
-        concat, conditioning = conditioning_of(canvas.condition())
+        _, conditioning = conditioning_of(canvas.condition())
+        first = canvas.first
         if len(self.sigmas) < 2:
-            return concat
+            return first
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
@@ -174,8 +189,8 @@ class GuiderDraw:
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(
-            comfy.sample.prepare_noise(concat, self.seed),
-            concat,
+            comfy.sample.prepare_noise(first, self.seed),
+            first,
             self.sampler,
             self.sigmas,
             callback=self.progress.step,

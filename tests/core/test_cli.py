@@ -432,6 +432,18 @@ def test_plan_refuses_nonsense(option, capsys):
     assert "expected" in capsys.readouterr().err
 
 
+def test_another_upscaler_s_picture_is_refined(models, picture, tmp_path, capsys):
+    start, out = tmp_path / "start.png", tmp_path / "out.png"
+    pixels = np.random.default_rng(1).integers(0, 256, (36, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(start)
+    options = ("--model", models["none"], "--start", start, "--steps", 4, "--denoise", 0.01)
+    assert upscale(picture, "-o", out, *options) == 0
+    assert (read_image(out)[0] - read_image(start)[0]).abs().mean() < 0.05
+    with pytest.raises(SystemExit):
+        upscale(tmp_path, "-o", tmp_path / "many", *options)
+    assert "--start goes with a single picture" in capsys.readouterr().err
+
+
 def test_memory_goes_with_auto(models, picture, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         upscale(
