@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.model_management
 import comfy.sample
@@ -14,6 +14,7 @@ from comfy_api.latest import io
 
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
+from ...infdit_core.memory.planner import Plan
 from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
 from ...infdit_core.sampling import PRESETS, SOLVERS, Step, check_sigmas
 from ...infdit_core.upscale import upscale
@@ -29,7 +30,7 @@ from .inputs import (
 )
 from .progress import SamplingProgress
 
-_MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1
 
 
 class InfDiTSampler(io.ComfyNode):
@@ -46,7 +47,7 @@ class InfDiTSampler(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=_MAX_SEED,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="Chooses the invented detail. The same seed gives the same result"
                     " for a picture, wherever it stands in a batch.",
@@ -157,6 +158,18 @@ class InfDiTSampler(io.ComfyNode):
         return picture_output(result)
 
 
+class Report(Protocol):
+    """What is told of a run, as `SamplingProgress` shows it."""
+
+    def begin(self, canvas: Canvas) -> None: ...
+
+    def cells(self, done: int, total: int) -> None: ...
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None: ...
+
+
 @dataclass
 class GuiderDraw:
     """Draws with a SAMPLER of ComfyUI and cfg 1, as SamplerCustomAdvanced does."""
@@ -165,7 +178,7 @@ class GuiderDraw:
     sampler: comfy.samplers.Sampler
     sigmas: torch.Tensor
     seed: int
-    progress: SamplingProgress
+    progress: Report
 
     @property
     def block_px(self) -> int:
@@ -177,6 +190,7 @@ class GuiderDraw:
 
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
+        self.progress.begin(canvas)
         _, conditioning = conditioning_of(canvas.condition())
         first = canvas.first
         if len(self.sigmas) < 2:

@@ -20,6 +20,7 @@ NODE_IDS = {
     "InfDiTDecode",
     "InfDiTSchedule",
     "HiDiffusion",
+    "InfDiTUpscaleFolder",
 }
 
 
