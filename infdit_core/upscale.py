@@ -18,8 +18,9 @@ from .network.model import InfDiT
 from .network.residual_cache import ResidualCache
 from .network.run import Progress
 from .pictures.colour_fix import fix_colours
-from .pictures.prepare import Canvas, check_image, pass_sizes, prepare, target_size
-from .pictures.start import check_start, start_picture
+from .pictures.prepare import Canvas, check_image, pass_sizes, target_size
+from .pictures.start import check_start
+from .pictures.wrap import check_wrap, lay_out
 from .sampling import PRESETS, Callback, Preset, sample
 
 
@@ -95,6 +96,7 @@ class Sampler:
             progress=self.progress,
             cache=ResidualCache(self.reuse_layers) if self.reuse_layers else None,
             start=canvas.start,
+            wrap=canvas.wrap,
         ).cpu()
 
     def plan(self, canvas: Canvas) -> Adaptive:
@@ -116,6 +118,7 @@ def upscale(
     vectors: Tensor | None = None,
     colour_fix: str = "none",
     start: Tensor | None = None,
+    wrap: str = "none",
     **settings: Any,
 ) -> Tensor:
     """Upscale pictures, each by itself; above 4 times in several passes.
@@ -129,6 +132,7 @@ def upscale(
         colour_fix: one of `COLOUR_FIXES`.
         start: (1 or B, h, w, C) in 0..1, upscaled pictures of another origin that sampling starts
             from, in the last pass; the conditions stay those of `image`.
+        wrap: one of `WRAPS`, the edges where the pictures go on around.
         settings: of `Sampler`, such as `seed`, `preset` or `denoise`.
 
     Returns:
@@ -148,6 +152,7 @@ def upscale(
     source_size = image.shape[1], image.shape[2]
     if not isinstance(size, tuple):
         size = target_size(source_size, size)
+    check_wrap(wrap, colour_fix)
     if start is not None:
         check_start(start, len(image), size)
     require_memory(size, draw.device, results=len(image))
@@ -156,10 +161,11 @@ def upscale(
     for i, source in enumerate(image.split(1)):
         picture = source
         for n, pass_size in enumerate(passes, 1):
-            canvas = prepare(picture, size=pass_size, block_px=draw.block_px)
+            canvas = lay_out(picture, pass_size, draw.block_px, wrap)
             canvas.vector = None if vectors is None else vectors[i : i + 1]
             if start is not None and n == len(passes):
-                canvas.start = start_picture(start[i % len(start)][None], canvas, draw.block_px)
+                first = start[i % len(start)][None]
+                canvas.start = lay_out(first, size, draw.block_px, wrap).concat
             picture = canvas.finish(draw(canvas))
         results.append(fix_colours(picture, source, colour_fix))
     return torch.cat(results)

@@ -26,6 +26,7 @@ from ..network.model import InfDiT
 from ..pictures.files import check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
 from ..pictures.start import check_start
+from ..pictures.wrap import check_wrap
 from ..sampling import PRESETS, Preset
 from ..upscale import Sampler, upscale
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
@@ -40,6 +41,7 @@ def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that fails, and leave alone what is there already."""
     _check_schedule(args)
     jobs = plan_jobs(args.input, args.output, args.format, args.overwrite)
+    check_wrap(args.wrap, args.colour_fix)
     if args.start and not jobs.single:
         raise UsageError("--start goes with a single picture")
     for target in jobs.finished:
@@ -126,7 +128,13 @@ def _upscale_picture(
             progress.cells,
         )
         picture = upscale(
-            image, size, draw, vectors=vectors, colour_fix=args.colour_fix, start=start
+            image,
+            size,
+            draw,
+            vectors=vectors,
+            colour_fix=args.colour_fix,
+            start=start,
+            wrap=args.wrap,
         )
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
     _say(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE
+
+if TYPE_CHECKING:
+    from .wrap import Wrap
 
 MAX_SHRINK = 4
 """A smaller result would need more padding than picture."""
@@ -45,6 +49,11 @@ class Canvas:
     """(B, vector_size) CLIP embedding, for models that take one."""
     start: Tensor | None = None
     """(B, 3, H, W) float32 in [-1, 1]: what sampling starts from in place of `concat`."""
+    top: int = 0
+    left: int = 0
+    """Where the target lies on the canvas, in pixels."""
+    wrap: Wrap | None = None
+    """What the margins repeat, of a picture that goes on around."""
 
     @property
     def first(self) -> Tensor:
@@ -54,6 +63,11 @@ class Canvas:
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""
         return Condition(self.concat, self.lr, self.vector if vector is None else vector)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """The target of (..., H, W) on the canvas: (..., height, width)."""
+        rows = slice(self.top, self.top + self.height)
+        return x[..., rows, self.left : self.left + self.width]
 
     def finish(self, x: Tensor) -> Tensor:
         """A sampled (B, 3, H, W) as a picture (B, height, width, 3, or 4 with alpha) in 0..1.
@@ -66,8 +80,7 @@ class Canvas:
                 "expected finite pixels from the network; got NaN or infinity."
                 " Take bf16 or fp32 for its weights, or another sampler"
             )
-        x = x[..., : self.height, : self.width].float().clamp(-1, 1)
-        image = ((x + 1) / 2).permute(0, 2, 3, 1)
+        image = ((self.crop(x).float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
         if self.alpha is None:
             return image.contiguous()
         return torch.cat([image, self.alpha.to(image)], dim=-1)
@@ -95,13 +108,7 @@ def prepare(
     source_size = image.shape[1], image.shape[2]
     if size is None:
         size = target_size(source_size, upscale_by)
-    if min(size) < 1:
-        raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
-    if any(target < side // MAX_SHRINK for target, side in zip(size, source_size, strict=True)):
-        raise PreparationError(
-            f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
-            f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
-        )
+    check_sizes(image, size)
 
     pixels = image.float().permute(0, 3, 1, 2).clamp(0, 1)
     alpha = None
@@ -165,6 +172,18 @@ def check_image(image: Tensor) -> None:
         raise PreparationError(f"expected floating point pixels in 0..1, got {image.dtype}")
     if not torch.isfinite(image).all():
         raise PreparationError("expected finite pixels in 0..1, got NaN or infinity among them")
+
+
+def check_sizes(image: Tensor, size: tuple[int, int]) -> None:
+    """Raise PreparationError unless a picture can be made (height, width) of `size` at once."""
+    source_size = image.shape[1], image.shape[2]
+    if min(size) < 1:
+        raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
+    if any(target < side // MAX_SHRINK for target, side in zip(size, source_size, strict=True)):
+        raise PreparationError(
+            f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
+            f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
+        )
 
 
 def _reach(target: int, padded: int, scale: float) -> int:

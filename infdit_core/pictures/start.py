@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .prepare import MAX_SHRINK, Canvas, PreparationError, check_image, prepare
+from .prepare import MAX_SHRINK, PreparationError, check_image
 
 
 def check_start(start: Tensor, batch: int, size: tuple[int, int]) -> None:
@@ -36,8 +36,3 @@ def check_start(start: Tensor, batch: int, size: tuple[int, int]) -> None:
 def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether two (height, width) have one aspect ratio, but for a pixel of rounding."""
     return abs(a[0] * b[1] - a[1] * b[0]) <= max(*a, *b)
-
-
-def start_picture(start: Tensor, canvas: Canvas, block_px: int) -> Tensor:
-    """A checked (B, h, w, C) in 0..1 laid out as a canvas is: (B, 3, H, W) in [-1, 1]."""
-    return prepare(start, size=(canvas.height, canvas.width), block_px=block_px).concat

@@ -16,10 +16,11 @@ from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.planner import Plan
 from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
+from ...infdit_core.pictures.wrap import WRAPS
 from ...infdit_core.sampling import PRESETS, SOLVERS, Step, check_sigmas
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
-from .comfy_model import PLAN, PROGRESS, conditioning_of
+from .comfy_model import PLAN, PROGRESS, WRAP, conditioning_of
 from .inputs import (
     check_inputs,
     colour_fix_input,
@@ -104,6 +105,14 @@ class InfDiTSampler(io.ComfyNode):
                     " it is drawn again: try 0.2 to 0.5; at 1 nothing of it is left. image stays"
                     " what the model looks at.",
                 ),
+                io.Combo.Input(
+                    "wrap",
+                    options=list(WRAPS),
+                    default="none",
+                    optional=True,
+                    tooltip="For pictures that go on around: horizontal for 360 degree panoramas,"
+                    " both for seamless textures. The result fits together at these edges, too.",
+                ),
             ],
             outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -127,6 +136,7 @@ class InfDiTSampler(io.ComfyNode):
         sampler: comfy.samplers.Sampler | None = None,
         sigmas: torch.Tensor | None = None,
         start_image: torch.Tensor | None = None,
+        wrap: str = "none",
     ) -> io.NodeOutput:
         if sigmas is not None:
             _check_sigmas(sigmas)
@@ -153,7 +163,13 @@ class InfDiTSampler(io.ComfyNode):
         sampler = sampler or core_sampler(chosen.solver)
         draw = GuiderDraw(model, sampler, sigmas, seed, progress)
         result = upscale(
-            image, size, draw, vectors=vectors, colour_fix=colour_fix, start=start_image
+            image,
+            size,
+            draw,
+            vectors=vectors,
+            colour_fix=colour_fix,
+            start=start_image,
+            wrap=wrap,
         )
         return picture_output(result)
 
@@ -199,7 +215,7 @@ class GuiderDraw:
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         # The options go to the guider and not to a clone of the model: ComfyUI would load that anew
-        options = {PROGRESS: self.progress.cells, PLAN: self.progress.planned}
+        options = {PROGRESS: self.progress.cells, PLAN: self.progress.planned, WRAP: canvas.wrap}
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(

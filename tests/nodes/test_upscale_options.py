@@ -204,3 +204,24 @@ def test_another_upscaler_s_picture_is_refined(comfy, load, upscale, image):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a picture to start from in"):
         upscale(model, image, start_image=start[:, :, :20])
+
+
+def test_a_picture_that_goes_on_around(comfy, load, upscale, image):
+    model = load("tiny")[0]
+    engine = comfy.module("infdit_core.upscale")
+    presets = comfy.module("infdit_core.sampling").PRESETS
+    draw = engine.Sampler(model.model.diffusion_model.net, presets["fast"], 5)
+    for wrap in ("horizontal", "both"):
+        expected = engine.upscale(image, 2.0, draw, wrap=wrap)
+        found = upscale(model, image, seed=5, preset="fast", wrap=wrap)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    restless = upscale(model, image, wrap="both", sampler=sampler_object("dpmpp_2m_sde"))
+    assert restless.shape == expected.shape
+
+
+def test_a_wrapper_that_moves_the_noisy_picture_alone_is_refused(load, upscale, image, evaluations):
+    tiled = load("tiny")[0].clone()
+    tiled.set_model_unet_function_wrapper(lambda apply, args: None)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a model without a wrapper"):
+        upscale(tiled, image)
+    assert not evaluations
