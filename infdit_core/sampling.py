@@ -199,6 +199,8 @@ def sample(
     callback: Callback | None = None,
     progress: Progress | None = None,
     cache: ResidualCache | None = None,
+    start: Tensor | None = None,
+    wrap: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Draw a picture: start from the LR picture plus noise and follow the ODE to sigma 0.
 
@@ -214,6 +216,8 @@ def sample(
         callback: called with a `Step` once in every step; may raise to cancel.
         progress: called after every cell of an evaluation; may raise to cancel.
         cache: a new one, to leave out layers where sigma has hardly changed; exact if None.
+        start: (B, 3, H, W) in [-1, 1], the picture to start from in place of the LR picture.
+        wrap: fills margins of a (B, 3, H, W), before and after every evaluation.
 
     Returns:
         (B, 3, H, W) float32, about [-1, 1], not clipped.
@@ -231,9 +235,12 @@ def sample(
         def evaluate(schedule: Schedule) -> Tensor:
             return model.denoise(x, sigma, cond, schedule, run=run)
 
-        return evaluate(schedule) if retry is None else retry(evaluate)
+        if wrap is not None:
+            x = wrap(x)
+        denoised = evaluate(schedule) if retry is None else retry(evaluate)
+        return denoised if wrap is None else wrap(denoised)
 
     device = schedule.pictures_device or model.final.linear.weight.device
-    concat = cond.concat.to(device, torch.float32)
-    x = concat + levels[0] * noise.to(concat)
+    x = (cond.concat if start is None else start).to(device, torch.float32)
+    x = x + levels[0] * noise.to(x)
     return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))

@@ -21,6 +21,7 @@ from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
+from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import Adaptive
 from ...infdit_core.memory.planner import Plan, Workload, plans
 from ...infdit_core.network.attention import sdpa
@@ -45,6 +46,8 @@ MEMORY = "infdit_memory"
 """Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
 REUSE_LAYERS = "infdit_reuse_layers"
 """Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
+WRAP = "infdit_wrap"
+"""Key in `transformer_options`: the `Wrap` of a canvas, which fills the margins; None for none."""
 
 _KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
 """Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
@@ -119,6 +122,12 @@ def require_infdit(model: object) -> None:
     """Raise InfDiTError unless `model` is a MODEL that holds an Inf-DiT."""
     inner = getattr(model, "model", model)
     require(inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
+    if "model_function_wrapper" in getattr(model, "model_options", {}):
+        raise InfDiTError(
+            "expected a model without a wrapper, as Seamless Tiling and tiled diffusion set one:"
+            " they roll or cut the noisy picture and not what Inf-DiT compares it with. Inf-DiT"
+            " Upscale makes no tiles, and has wrap for seamless pictures"
+        )
 
 
 def conditioning_of(cond: Condition) -> tuple[torch.Tensor, list]:
@@ -248,9 +257,11 @@ class DiffusionModel(torch.nn.Module):
             run.cache = ResidualCache(layers, _SAME_SIGMA)
 
         sigma = (4 * timestep).exp()
+        wrap = options.get(WRAP) or (lambda picture: picture)
+        x = wrap(x)
 
         def evaluate(schedule: Schedule) -> torch.Tensor:
-            return self._evaluate(x, sigma, cond, schedule, run)
+            return wrap(self._evaluate(x, sigma, cond, schedule, run))
 
         if (schedule := options.get(SCHEDULE)) is not None:
             return evaluate(schedule)

@@ -12,6 +12,7 @@ from server import PromptServer
 from torch.nn import functional as F
 
 from ...infdit_core.memory.planner import Plan
+from ...infdit_core.pictures.prepare import Canvas
 
 _PREVIEW_MAX_PX = 512
 _TEXT_SECONDS = 1.0
@@ -36,6 +37,9 @@ class SamplingProgress:
         self._node_id = node_id
         self._plan = ""
         self._started = self._told = time.monotonic()
+
+    def begin(self, canvas: Canvas) -> None:
+        """Called before every pass of every picture."""
 
     def planned(self, plan: Plan) -> None:
         """Called with the plan of every evaluation."""

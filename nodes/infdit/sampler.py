@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.model_management
 import comfy.sample
@@ -14,11 +14,13 @@ from comfy_api.latest import io
 
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
+from ...infdit_core.memory.planner import Plan
 from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
+from ...infdit_core.pictures.wrap import WRAPS
 from ...infdit_core.sampling import AUTO, PRESETS, SOLVERS, Step, check_sigmas, find_preset
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
-from .comfy_model import PLAN, PROGRESS, conditioning_of, with_prior
+from .comfy_model import PLAN, PROGRESS, WRAP, conditioning_of, with_prior
 from .inputs import (
     check_inputs,
     colour_fix_input,
@@ -29,7 +31,7 @@ from .inputs import (
 )
 from .progress import SamplingProgress
 
-_MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1
 
 
 class InfDiTSampler(io.ComfyNode):
@@ -46,7 +48,7 @@ class InfDiTSampler(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=_MAX_SEED,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="Chooses the invented detail. The same seed gives the same result"
                     " for a picture, wherever it stands in a batch.",
@@ -96,6 +98,22 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
                     " from 40 for a whole run, from 0.5 with the small model of this pack.",
                 ),
+                io.Image.Input(
+                    "start_image",
+                    optional=True,
+                    tooltip="Another upscaler's picture of the same image to start from, in place"
+                    " of the enlarged one; it is resized to the result. denoise says how much of"
+                    " it is drawn again: try 0.2 to 0.5; at 1 nothing of it is left. image stays"
+                    " what the model looks at.",
+                ),
+                io.Combo.Input(
+                    "wrap",
+                    options=list(WRAPS),
+                    default="none",
+                    optional=True,
+                    tooltip="For pictures that go on around: horizontal for 360 degree panoramas,"
+                    " both for seamless textures. The result fits together at these edges, too.",
+                ),
             ],
             outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -118,6 +136,8 @@ class InfDiTSampler(io.ComfyNode):
         colour_fix: str = "none",
         sampler: comfy.samplers.Sampler | None = None,
         sigmas: torch.Tensor | None = None,
+        start_image: torch.Tensor | None = None,
+        wrap: str = "none",
     ) -> io.NodeOutput:
         if sigmas is not None:
             _check_sigmas(sigmas)
@@ -125,6 +145,8 @@ class InfDiTSampler(io.ComfyNode):
             raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
         if sampler is not None:
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
+        if start_image is not None:
+            require(start_image, torch.Tensor, "start_image: expected an IMAGE")
         vectors = check_inputs(model, image, guidance)
         source_size = image.shape[1], image.shape[2]
         size = target_size(source_size, upscale_by, longest_edge)
@@ -141,7 +163,28 @@ class InfDiTSampler(io.ComfyNode):
         )
         sampler = sampler or core_sampler(chosen.solver)
         draw = GuiderDraw(model, sampler, sigmas, seed, progress, chosen.consistency)
-        return picture_output(upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix))
+        result = upscale(
+            image,
+            size,
+            draw,
+            vectors=vectors,
+            colour_fix=colour_fix,
+            start=start_image,
+            wrap=wrap,
+        )
+        return picture_output(result)
+
+
+class Report(Protocol):
+    """What is told of a run, as `SamplingProgress` shows it."""
+
+    def begin(self, canvas: Canvas) -> None: ...
+
+    def cells(self, done: int, total: int) -> None: ...
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None: ...
 
 
 @dataclass
@@ -152,7 +195,7 @@ class GuiderDraw:
     sampler: comfy.samplers.Sampler
     sigmas: torch.Tensor
     seed: int
-    progress: SamplingProgress
+    progress: Report
     consistency: int = 0
     """Back-projections of the result."""
 
@@ -167,19 +210,21 @@ class GuiderDraw:
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
         canvas = with_prior(self.model, canvas)
-        concat, conditioning = conditioning_of(canvas.condition())
+        self.progress.begin(canvas)
+        _, conditioning = conditioning_of(canvas.condition())
+        first = canvas.first
         if len(self.sigmas) < 2:
-            return concat
+            return first
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         # The options go to the guider and not to a clone of the model: ComfyUI would load that anew
-        options = {PROGRESS: self.progress.cells, PLAN: self.progress.planned}
+        options = {PROGRESS: self.progress.cells, PLAN: self.progress.planned, WRAP: canvas.wrap}
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(
-            comfy.sample.prepare_noise(concat, self.seed),
-            concat,
+            comfy.sample.prepare_noise(first, self.seed),
+            first,
             self.sampler,
             self.sigmas,
             callback=self.progress.step,

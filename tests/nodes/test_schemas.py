@@ -24,6 +24,7 @@ def schemas(comfy, monkeypatch):
     """What the golden file would hold now, by node id."""
     folder_paths = importlib.import_module("folder_paths")
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda _: [FILE])
+    monkeypatch.setattr(folder_paths, "get_input_subfolders", lambda: [FILE])
     return {node_id: freeze(node) for node_id, node in comfy.nodes.items()}
 
 

@@ -148,3 +148,39 @@ def test_the_bar_of_a_foreign_sampler_ends_full(load, upscale, image, bar, name)
     assert all(value <= total for value, total, _ in bar)
     assert bar[-1][0] / bar[-1][1] > 0.85
     assert sum(preview is not None for _, _, preview in bar) >= 2 * STEPS - 2
+
+
+def test_another_upscaler_s_picture_is_refined(comfy, load, upscale, image):
+    model, start = load("tiny")[0], torch.rand(1, 20, 24, 3)
+    kept = upscale(model, image, denoise=0.0, start_image=start)
+    torch.testing.assert_close(kept, start, atol=1e-6, rtol=0)
+    sampler = comfy.module("infdit_core.upscale")
+    presets = comfy.module("infdit_core.sampling").PRESETS
+    network = model.model.diffusion_model.net
+    draw = sampler.Sampler(network, presets["fast"], 5, 0.5)
+    expected = sampler.upscale(image, 2.0, draw, start=start)
+    found = upscale(model, image, seed=5, preset="fast", denoise=0.5, start_image=start)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a picture to start from in"):
+        upscale(model, image, start_image=start[:, :, :20])
+
+
+def test_a_picture_that_goes_on_around(comfy, load, upscale, image):
+    model = load("tiny")[0]
+    engine = comfy.module("infdit_core.upscale")
+    presets = comfy.module("infdit_core.sampling").PRESETS
+    draw = engine.Sampler(model.model.diffusion_model.net, presets["fast"], 5)
+    for wrap in ("horizontal", "both"):
+        expected = engine.upscale(image, 2.0, draw, wrap=wrap)
+        found = upscale(model, image, seed=5, preset="fast", wrap=wrap)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    restless = upscale(model, image, wrap="both", sampler=sampler_object("dpmpp_2m_sde"))
+    assert restless.shape == expected.shape
+
+
+def test_a_wrapper_that_moves_the_noisy_picture_alone_is_refused(load, upscale, image, evaluations):
+    tiled = load("tiny")[0].clone()
+    tiled.set_model_unet_function_wrapper(lambda apply, args: None)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a model without a wrapper"):
+        upscale(tiled, image)
+    assert not evaluations

@@ -381,6 +381,18 @@ def test_plan_marks_what_is_taken(models, capsys):
     assert "nothing fits 1 MB" in capsys.readouterr().err
 
 
+def test_another_upscaler_s_picture_is_refined(models, picture, tmp_path, capsys):
+    start, out = tmp_path / "start.png", tmp_path / "out.png"
+    pixels = np.random.default_rng(1).integers(0, 256, (36, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(start)
+    options = ("--model", models["none"], "--start", start, "--steps", 4, "--denoise", 0.01)
+    assert upscale(picture, "-o", out, *options) == 0
+    assert (read_image(out)[0] - read_image(start)[0]).abs().mean() < 0.05
+    with pytest.raises(SystemExit):
+        upscale(tmp_path, "-o", tmp_path / "many", *options)
+    assert "--start goes with a single picture" in capsys.readouterr().err
+
+
 def test_a_bug_of_ours_is_not_told_as_a_mistake_of_the_user(monkeypatch):
     def bug(args):
         raise ValueError("a bug")
