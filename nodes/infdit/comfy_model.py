@@ -35,8 +35,6 @@ CLIP_ATTACHMENT = "infdit_clip"
 """Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
 PROGRESS = "infdit_progress"
 """Key in `transformer_options`: called with (cells done, cells in all) in every evaluation."""
-PLAN = "infdit_plan"
-"""Key in `transformer_options`: called with the `Plan` of every evaluation that is planned here."""
 SCHEDULE = "infdit_schedule"
 """Key in `transformer_options`: the `Schedule` of every evaluation; planned here if absent."""
 MEMORY = "infdit_memory"
@@ -236,10 +234,7 @@ class DiffusionModel(torch.nn.Module):
 
         if (schedule := options.get(SCHEDULE)) is not None:
             return evaluate(schedule)
-        adaptive = run.plan(self.net, x, options.get(MEMORY))
-        if (told := options.get(PLAN)) is not None:
-            told(adaptive.plan)
-        return adaptive.call(evaluate)
+        return run.plan(self.net, x, options.get(MEMORY)).call(evaluate)
 
 
 def _interruptible(report):

@@ -14,11 +14,11 @@ from comfy_api.latest import io
 
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
+from ...infdit_core.pictures.prepare import Canvas, check_image, pass_sizes, target_size
 from ...infdit_core.sampling import PRESETS, SOLVERS, Step, check_sigmas
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
-from .comfy_model import PLAN, PROGRESS, conditioning_of
+from .comfy_model import PROGRESS, conditioning_of, require_infdit
 from .inputs import (
     check_inputs,
     colour_fix_input,
@@ -27,7 +27,7 @@ from .inputs import (
     picture_output,
     picture_outputs,
 )
-from .progress import SamplingProgress
+from .progress import SamplingProgress, shows_progress
 
 _MAX_SEED = 2**64 - 1
 
@@ -103,6 +103,7 @@ class InfDiTSampler(io.ComfyNode):
 
     @classmethod
     @named_errors("Inf-DiT Upscale")
+    @shows_progress
     def execute(
         cls,
         model,
@@ -117,6 +118,8 @@ class InfDiTSampler(io.ComfyNode):
         colour_fix: str = "none",
         sampler: comfy.samplers.Sampler | None = None,
         sigmas: torch.Tensor | None = None,
+        *,
+        progress: SamplingProgress,
     ) -> io.NodeOutput:
         if sigmas is not None:
             _check_sigmas(sigmas)
@@ -124,7 +127,8 @@ class InfDiTSampler(io.ComfyNode):
             raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
         if sampler is not None:
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
-        vectors = check_inputs(model, image, guidance)
+        check_image(require(image, torch.Tensor, "expected an IMAGE"))
+        require_infdit(model)
         source_size = image.shape[1], image.shape[2]
         size = target_size(source_size, upscale_by, longest_edge)
         chosen = PRESETS[preset]
@@ -134,10 +138,10 @@ class InfDiTSampler(io.ComfyNode):
             sigmas = chosen.sigmas(denoise)
         steps = len(sigmas) - 1
         evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
-        runs = len(pass_sizes(source_size, size)) * image.shape[0]
-        progress = SamplingProgress(
-            evaluations * runs, steps * runs, cls.hidden.unique_id if cls.hidden else None
-        )
+        name = _name(sampler) if sampler else chosen.solver
+        sizes = pass_sizes(source_size, size)
+        progress.start(image, sizes, steps, evaluations, name, model.load_device)
+        vectors = check_inputs(model, image, guidance)
         sampler = sampler or core_sampler(chosen.solver)
         draw = GuiderDraw(model, sampler, sigmas, seed, progress)
         return picture_output(upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix))
@@ -163,6 +167,7 @@ class GuiderDraw:
 
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
+        self.progress.begin(canvas)
         concat, conditioning = conditioning_of(canvas.condition())
         if len(self.sigmas) < 2:
             return concat
@@ -170,7 +175,7 @@ class GuiderDraw:
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         # The options go to the guider and not to a clone of the model: ComfyUI would load that anew
-        options = {PROGRESS: self.progress.cells, PLAN: self.progress.planned}
+        options = {PROGRESS: self.progress.cells}
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(
@@ -199,6 +204,13 @@ def core_sampler(solver: str) -> comfy.samplers.Sampler:
         return SOLVERS[solver](denoise, x, sigmas.tolist(), report)
 
     return comfy.samplers.KSAMPLER(sample)
+
+
+def _name(sampler: comfy.samplers.Sampler) -> str:
+    """What KSamplerSelect calls a sampler, such as "dpmpp_2m"."""
+    function = getattr(sampler, "sampler_function", sampler)
+    name = getattr(function, "__name__", type(function).__name__)
+    return name.removeprefix("sample_").removesuffix("_function")
 
 
 def _check_sigmas(sigmas: torch.Tensor) -> None:
