@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -14,7 +14,7 @@ from comfy_api.latest import io
 
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.pictures.prepare import Canvas, check_image, pass_sizes, target_size
+from ...infdit_core.pictures.prepare import Canvas, check_image, pass_sizes
 from ...infdit_core.sampling import PRESETS, SOLVERS, Step, check_sigmas
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
@@ -26,7 +26,11 @@ from .inputs import (
     picture_inputs,
     picture_output,
     picture_outputs,
+    result_size,
+    same_noise_input,
+    size_inputs,
 )
+from .patches import warn_of_patches
 from .progress import SamplingProgress, shows_progress
 
 _MAX_SEED = 2**64 - 1
@@ -56,6 +60,7 @@ class InfDiTSampler(io.ComfyNode):
                     default=20,
                     min=1,
                     max=200,
+                    advanced=True,
                     tooltip="Steps of Heun's method, each of two evaluations but the last. 20 is"
                     " what the model's authors use; fewer are faster and less exact. Only the"
                     " preset exact reads it.",
@@ -95,6 +100,10 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
                     " from 40 for a whole run.",
                 ),
+                *size_inputs(),
+                same_noise_input(
+                    True, "Off, each picture takes the noise of the seed plus its place."
+                ),
             ],
             outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -118,6 +127,11 @@ class InfDiTSampler(io.ComfyNode):
         colour_fix: str = "none",
         sampler: comfy.samplers.Sampler | None = None,
         sigmas: torch.Tensor | None = None,
+        size_by: str = "factor or longest edge",
+        megapixels: float = 4.0,
+        width: int = 2048,
+        height: int = 2048,
+        same_noise: bool = True,
         *,
         progress: SamplingProgress,
     ) -> io.NodeOutput:
@@ -129,8 +143,8 @@ class InfDiTSampler(io.ComfyNode):
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
         check_image(require(image, torch.Tensor, "expected an IMAGE"))
         require_infdit(model)
-        source_size = image.shape[1], image.shape[2]
-        size = target_size(source_size, upscale_by, longest_edge)
+        box = height, width
+        size = result_size(image, upscale_by, longest_edge, size_by, megapixels, box)
         chosen = PRESETS[preset]
         if preset == "exact":
             chosen = chosen._replace(steps=steps)
@@ -139,11 +153,15 @@ class InfDiTSampler(io.ComfyNode):
         steps = len(sigmas) - 1
         evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
         name = _name(sampler) if sampler else chosen.solver
-        sizes = pass_sizes(source_size, size)
+        sizes = pass_sizes((image.shape[1], image.shape[2]), size)
         progress.start(image, sizes, steps, evaluations, name, model.load_device)
+        for name in warn_of_patches(model):
+            progress.note(f"{name} has no effect")
         vectors = check_inputs(model, image, guidance)
         sampler = sampler or core_sampler(chosen.solver)
         draw = GuiderDraw(model, sampler, sigmas, seed, progress)
+        if not same_noise:
+            draw.passes_of_a_seed = len(sizes)
         return picture_output(upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix))
 
 
@@ -156,6 +174,9 @@ class GuiderDraw:
     sigmas: torch.Tensor
     seed: int
     progress: SamplingProgress
+    passes_of_a_seed: int | None = None
+    """After how many passes, those of a picture, the seed grows by one; None: never."""
+    _passes: int = field(default=0, init=False)
 
     @property
     def block_px(self) -> int:
@@ -168,6 +189,8 @@ class GuiderDraw:
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
         self.progress.begin(canvas)
+        seed = self.seed + (self._passes // self.passes_of_a_seed if self.passes_of_a_seed else 0)
+        seed, self._passes = seed % (_MAX_SEED + 1), self._passes + 1
         concat, conditioning = conditioning_of(canvas.condition())
         if len(self.sigmas) < 2:
             return concat
@@ -179,13 +202,13 @@ class GuiderDraw:
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(
-            comfy.sample.prepare_noise(concat, self.seed),
+            comfy.sample.prepare_noise(concat, seed),
             concat,
             self.sampler,
             self.sigmas,
             callback=self.progress.step,
             disable_pbar=True,
-            seed=self.seed,
+            seed=seed,
         )
         return samples.to(comfy.model_management.intermediate_device())
 

@@ -285,7 +285,7 @@ def test_errors_name_the_node_what_was_expected_and_what_came(comfy, load, upsca
     with pytest.raises(ValueError, match="Inf-DiT CLIP Guidance: expected a CLIP tower"):
         nodes["InfDiTGuidance"].execute(None, image, "", "", 0.0)
     canvas = nodes["InfDiTConditioning"].execute(model, image, 4.0).args[2]
-    with pytest.raises(ValueError, match="Inf-DiT Decode: expected a latent of shape"):
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected the LATENT of the sampler"):
         nodes["InfDiTDecode"].execute({"samples": torch.zeros(1, 4, 8, 8)}, canvas)
     with pytest.raises(ValueError, match=r"Load Inf-DiT CLIP: .*expected an open_clip"):
         nodes["InfDiTCLIPLoader"].execute("tiny.safetensors")

@@ -34,7 +34,9 @@ SIGMAS = ("[]", "[1]", "[0, 40]", "[40, 10, 0]", "[40, NaN, 0]", "[Infinity, 0]"
           "[1, 1, 0]", "[-1, -2]", "[1e38, 1e-38, 0]", "[40, 0]")  # fmt: skip
 STRANGE = (None, "", "x", "../../etc/passwd", "NaN", -1, 0, 1, 0.5, 1e308, float("nan"),
            float("inf"), 10**30, -(10**30), True, [], {}, ["load", 99], ["x", 0], [[]])  # fmt: skip
-LARGEST = {"longest_edge": 300, "upscale_by": 8.0}
+LARGEST = {
+    "longest_edge": 300, "upscale_by": 8.0, "megapixels": 0.09, "width": 300, "height": 300,
+}  # fmt: skip
 """Instead of the largest value that the schema allows, which would be work of hours."""
 
 
