@@ -89,7 +89,7 @@ def value(random: Random, name: str, kind: str, options: dict[str, Any]) -> Any:
     if kind in ("INT", "FLOAT") and random.random() < 0.7:
         low, high = options["min"], LARGEST.get(name, options["max"])
         return random.choice((low, high, (low + high) // 2, low - 1, options["max"] + 1))
-    if kind == "COMBO" and random.random() < 0.7:
+    if kind == "COMBO" and options["options"] and random.random() < 0.7:  # no CLIP: no options
         return random.choice(options["options"])
     return random.choice(STRANGE)
 
