@@ -186,7 +186,7 @@ class SamplingProgress:
         if self._device is not None:
             text += f", {gigabytes(torch.cuda.max_memory_allocated(self._device))}"
         each = self._all_evaluated // len(self._pixels)
-        used = f"{self._solver}, {self._steps} steps"
+        used = f"{self._solver}, {self._steps} step{'s' * (self._steps > 1)}"
         if each != self._steps:
             used += f", {each} evaluations"
         return " · ".join([text, used if each else "enlarged only", *self._notes])

@@ -146,3 +146,13 @@ def test_what_matters_first_and_larger_passes_take_longer(comfy, clock, texts):
     assert lines(comfy, clock, texts, lambda n: 4, sizes=((64, 64), (128, 128)))[-1].startswith(
         "pass 2 of 2 · about"
     )
+
+
+def test_the_peak_of_a_gpu_s_memory_stands_in_the_last_line(comfy, clock, texts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5_120_000_000)
+    with comfy.module("nodes.infdit.progress").SamplingProgress("7") as progress:
+        device = torch.device("cuda", 0)
+        progress.start(torch.rand(1, 16, 16, 3), [(64, 48)], 4, 4, "euler", device)
+        clock.now += 72
+    assert texts == ["16x16 -> 48x64, loading", "48x64 in 1 min 12 s, 5.1 GB · enlarged only"]

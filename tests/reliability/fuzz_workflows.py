@@ -28,7 +28,7 @@ from tools.comfy_server import ComfyError, ComfyServer
 CANCEL_SECONDS = 2.0
 LIMIT_SECONDS = 120
 CHECK_EVERY = 50
-OURS = ("Inf-DiT ", "Load Inf-DiT ", "HiDiffusion: ")
+OURS = ("Inf-DiT ", "Inf-DiT: ", "Load Inf-DiT ", "HiDiffusion: ")
 """What messages begin with."""
 SIGMAS = ("[]", "[1]", "[0, 40]", "[40, 10, 0]", "[40, NaN, 0]", "[Infinity, 0]", "[[1, 0]]", "3",
           "[1, 1, 0]", "[-1, -2]", "[1e38, 1e-38, 0]", "[40, 0]")  # fmt: skip
