@@ -81,7 +81,11 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         default=4.0,
         help="how many times wider and higher, above 4 in several passes (default: %(default)g)",
     )
-    target.add_argument("--size", type=_positive, help="the longer side in pixels, instead")
+    target.add_argument(
+        "--size",
+        type=_positive,
+        help="the longer side in pixels, instead; never less than the picture's own",
+    )
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(

@@ -7,6 +7,7 @@ there cannot disturb more than the blocks it lies in.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from ..network.config import LR_SCALE
 
 if TYPE_CHECKING:
     from .wrap import Wrap
+
+logger = logging.getLogger(__name__)
 
 MAX_SHRINK = 4
 """A smaller result would need more padding than picture."""
@@ -173,18 +176,43 @@ def pass_sizes(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[i
 
 
 def target_size(
-    source: tuple[int, int], upscale_by: float, longest_edge: int | None = None
+    source: tuple[int, int],
+    upscale_by: float,
+    longest_edge: int | None = None,
+    *,
+    megapixels: float | None = None,
+    within: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """(height, width) of a picture `upscale_by` times as wide and high, in whole pixels.
 
     Args:
         longest_edge: the longer side of the result in pixels, instead of the factor.
+        megapixels: of the result, 1024 x 1024 pixels each; instead of the factor.
+        within: (height, width) that the result just fits into, instead of the factor.
+
+    What is asked for instead of the factor never makes a picture smaller: its own size is the
+    least, with a warning.
 
     Raises:
         PreparationError: the factor is not above 0.
     """
+    asked = None
     if longest_edge:
-        upscale_by = longest_edge / max(source)
+        asked, upscale_by = f"longest edge {longest_edge} px", longest_edge / max(source)
+    elif megapixels:
+        asked = f"{megapixels:g} megapixels"
+        upscale_by = math.sqrt(megapixels * 1024**2 / math.prod(source))
+    elif within:
+        asked = f"to fit into {within[1]}×{within[0]} px"
+        upscale_by = min(side / own for side, own in zip(within, source, strict=True))
+    if asked and upscale_by < 1:
+        logger.warning(
+            "Inf-DiT: %s would shrink the picture; it keeps its %d×%d px",
+            asked,
+            source[1],
+            source[0],
+        )
+        upscale_by = 1.0
     if not (math.isfinite(upscale_by) and upscale_by > 0):
         raise PreparationError(f"expected a factor above 0, got {upscale_by}")
     height, width = (max(1, round(side * upscale_by)) for side in source)

@@ -274,9 +274,6 @@ class FolderProgress:
         preview = preview_image(denoised[..., :height, :width])
         self._bar.update_absolute(self._bar.current, None, ("JPEG", preview, _PREVIEW_MAX_PX))
 
-    def planned(self, plan: object) -> None:
-        """The plan stands in the log."""
-
     def end(self, made: int, there: int) -> None:
         """Called when all is done."""
         self._bar.update_absolute(self._bar.total)

@@ -180,12 +180,12 @@ def test_progress_per_chunk_and_a_preview_per_step(load, upscale, bar):
     assert values == sorted(values)
     assert values[-1] == bar[-1][1]
     cells = 2 * (2 * STEPS - 1) * TINY.num_layers  # pictures, evaluations, cells of `Full`
-    assert set(range(1, cells + 1)) <= set(values)
+    assert len(set(values)) == cells + 1
     previews = [preview for _, _, preview in bar if preview is not None]
-    assert len(previews) == 2 * STEPS
-    kind, picture, _ = previews[0]
+    assert len(previews) == 1 + 2 * STEPS
+    kind, picture, _ = previews[1]
     assert kind == "JPEG"
-    assert picture.size == (32, 32)
+    assert picture.size == (24, 20)
 
 
 def test_a_preview_is_small_and_shows_the_picture(comfy):
@@ -235,6 +235,9 @@ def test_errors_name_the_node_what_was_expected_and_what_came(comfy, load, upsca
         nodes["InfDiTGuidance"].execute(load("clip")[1], image, "clear", "", 2.0)
     with pytest.raises(ValueError, match="Inf-DiT CLIP Guidance: expected a CLIP tower"):
         nodes["InfDiTGuidance"].execute(None, image, "", "", 0.0)
+    canvas = nodes["InfDiTConditioning"].execute(load("tiny")[0], image, 4.0).args[2]
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected the LATENT of the sampler"):
+        nodes["InfDiTDecode"].execute({"samples": torch.zeros(1, 4, 8, 8)}, canvas)
     with pytest.raises(ValueError, match=r"Load Inf-DiT CLIP: .*expected an open_clip"):
         nodes["InfDiTCLIPLoader"].execute("tiny.safetensors")
 

@@ -82,7 +82,7 @@ def test_decode_fixes_colours_like_upscale(comfy, load, upscale, image):
     assert mask.shape == decoded.shape[:3]
     two = {"samples": noisy["samples"].repeat(2, 1, 1, 1)}
     assert comfy.nodes["InfDiTDecode"].execute(two, canvas).args[0].shape[0] == 2
-    with pytest.raises(ValueError, match="Inf-DiT Decode: expected a latent of shape"):
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected the LATENT of the sampler"):
         comfy.nodes["InfDiTDecode"].execute(two, canvas, "adain")
 
 
@@ -184,3 +184,52 @@ def test_a_wrapper_that_moves_the_noisy_picture_alone_is_refused(load, upscale, 
     with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a model without a wrapper"):
         upscale(tiled, image)
     assert not evaluations
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "expected"),
+    [
+        ((10, 13), {"size_by": "megapixels", "megapixels": 0.01}, (90, 117)),
+        ((10, 12), {"size_by": "width and height", "width": 40, "height": 90}, (33, 40)),
+        ((12, 10), {"size_by": "width and height", "width": 40, "height": 30}, (30, 25)),
+        ((10, 12), {"size_by": "factor or longest edge", "width": 99, "upscale_by": 1.5}, (15, 18)),
+        ((10, 12), {"longest_edge": 5}, (10, 12)),
+        ((10, 12), {"size_by": "width and height", "width": 40, "height": 5}, (10, 12)),
+        ((120, 130), {"size_by": "megapixels", "megapixels": 0.01}, (120, 130)),
+    ],
+)
+def test_the_size_that_was_asked_for_and_never_less(
+    load, upscale, comfy, caplog, size, asked, expected
+):
+    picture, model = torch.rand(1, *size, 3), load("tiny")[0]
+    assert upscale(model, picture, **asked, denoise=0.0).shape == (1, *expected, 3)
+    asked = {"upscale_by": 4.0} | asked
+    canvas = comfy.nodes["InfDiTConditioning"].execute(model, picture, **asked).args[2]
+    assert (canvas.height, canvas.width) == expected
+    shrunk = expected == size
+    assert (
+        f"would shrink the picture; it keeps its {size[1]}×{size[0]} px" in caplog.text
+    ) == shrunk
+
+
+def test_pictures_of_a_batch_share_their_noise_unless_told(load, upscale, image):
+    model, frames = load("tiny")[0], image.expand(2, -1, -1, -1)
+    same = upscale(model, frames, 5.0, seed=2**64 - 1)
+    assert torch.equal(same[0], same[1])
+    own = upscale(model, frames, 5.0, seed=2**64 - 1, same_noise=False)
+    assert torch.equal(own[0], same[0])
+    torch.testing.assert_close(own[1:], upscale(model, image, 5.0, seed=0))
+
+
+def test_conditioning_gives_frames_one_noise(comfy, load, image):
+    """By core's batch_index, which KSampler and SamplerCustomAdvanced draw their noise by."""
+    model, frames, found = load("tiny")[0], image.expand(2, -1, -1, -1), {}
+    core = importlib.import_module("nodes")
+    for same in (False, True):
+        cond, latent, _ = (
+            comfy.nodes["InfDiTConditioning"].execute(model, frames, 4.0, same_noise=same).args
+        )
+        sampled = core.common_ksampler(model, 5, 2, 1.0, "euler", "karras", cond, cond, latent)
+        found[same] = sampled[0]["samples"]
+    assert not torch.allclose(found[False][0], found[False][1], atol=1e-2)
+    torch.testing.assert_close(found[True][0], found[True][1])

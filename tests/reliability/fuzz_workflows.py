@@ -20,13 +20,15 @@ from tools.comfy_server import ComfyError, ComfyServer
 CANCEL_SECONDS = 2.0
 LIMIT_SECONDS = 120
 CHECK_EVERY = 50
-OURS = ("Inf-DiT ", "Load Inf-DiT ", "HiDiffusion: ")
+OURS = ("Inf-DiT ", "Inf-DiT: ", "Load Inf-DiT ", "HiDiffusion: ")
 """What messages begin with."""
 SIGMAS = ("[]", "[1]", "[0, 40]", "[40, 10, 0]", "[40, NaN, 0]", "[Infinity, 0]", "[[1, 0]]", "3",
           "[1, 1, 0]", "[-1, -2]", "[1e38, 1e-38, 0]", "[40, 0]")  # fmt: skip
 STRANGE = (None, "", "x", "../../etc/passwd", "NaN", -1, 0, 1, 0.5, 1e308, float("nan"),
            float("inf"), 10**30, -(10**30), True, [], {}, ["load", 99], ["x", 0], [[]])  # fmt: skip
-LARGEST = {"longest_edge": 300, "upscale_by": 8.0}
+LARGEST = {
+    "longest_edge": 300, "upscale_by": 8.0, "megapixels": 0.09, "width": 300, "height": 300,
+}  # fmt: skip
 """Instead of the largest value that the schema allows, which would be work of hours."""
 
 
@@ -79,7 +81,7 @@ def value(random: Random, name: str, kind: str, options: dict[str, Any]) -> Any:
     if kind in ("INT", "FLOAT") and random.random() < 0.7:
         low, high = options["min"], LARGEST.get(name, options["max"])
         return random.choice((low, high, (low + high) // 2, low - 1, options["max"] + 1))
-    if kind == "COMBO" and random.random() < 0.7:
+    if kind == "COMBO" and options["options"] and random.random() < 0.7:  # no CLIP: no options
         return random.choice(options["options"])
     return random.choice(STRANGE)
 

@@ -183,9 +183,9 @@ def test_seeds_at_both_ends(server, seed):
     ("kind", "message"),
     [
         ("nan", "finite pixels from the network"),
-        ("of Stable Diffusion", r"a latent of shape \(1, 3, 32, 64\)"),
-        ("5-D", "a latent of shape"),
-        ("0-D", "a latent of shape"),
+        ("of Stable Diffusion", "the LATENT .* 1 of 64x32 px and 3 channels; got 1 of 8x8 px"),
+        ("5-D", r"the LATENT .* got shape \(1, 3, 1, 32, 64\)"),
+        ("0-D", r"the LATENT .* got shape \(\)"),
         (5, "samples from a sampler; got int"),
     ],
 )

@@ -232,7 +232,7 @@ def test_time_features_are_cosines_then_sines():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, c: (x[..., :40], c), "multiples of 32 px, got 64×40|concat: expected shape"),
+        (lambda x, c: (x[..., :40], c), "multiples of 32 px, got 40×64|concat: expected shape"),
         (lambda x, c: (x, replace(c, lr=c.lr[..., :-1])), "lr: expected shape"),
         (lambda x, c: (x, replace(c, vector=None)), "needs a CLIP embedding"),
         (lambda x, c: (x, replace(c, vector=c.vector[:, :-1])), "vector: expected shape"),

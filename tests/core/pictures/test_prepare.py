@@ -124,5 +124,5 @@ def test_passes_end_at_the_target_in_steps_of_at_most_four(source, factor, count
 def test_shrinking_has_a_limit():
     """The padding of one block, counted in source pixels, would grow without bound."""
     assert prepare(torch.rand(1, 41, 7, 3), 0.25).height == 10
-    with pytest.raises(PreparationError, match="at least 1/4 of the picture's 41×41 px, got 41×9"):
+    with pytest.raises(PreparationError, match="at least 1/4 of the picture's 41×41 px, got 9×41"):
         prepare(torch.rand(1, 41, 41, 3), size=(41, 9))
