@@ -14,35 +14,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tools.comfy_server import ROOT, ComfyServer, running_server
+from tools.comfy_server import ROOT, ComfyServer, make_base, running_server
 
 EXAMPLES = ROOT / "example_workflows"
 PICTURE = ROOT / "examples" / "demo_photo.png"
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-_LOADING_MS = 8000
+_LOADING_MS = 120_000
 
 
 @contextmanager
-def interface(width: int = 1800, height: int = 1000) -> Iterator[tuple[ComfyServer, Any]]:
-    """A server with the demo picture and the names of the models, and a page that shows it.
+def interface(
+    width: int = 1800, height: int = 1000, frontend: Path | None = None
+) -> Iterator[tuple[ComfyServer, Any]]:
+    """A server in the base of `dev.py comfyui`, with the name of SDXL, and a page that shows it.
 
-    The source of ComfyUI is taken from the environment variable INFDIT_COMFYUI.
+    The source of ComfyUI is taken from the environment variable INFDIT_COMFYUI; `frontend` is the
+    `static` folder of another interface than the one that goes with it.
     """
     from playwright.sync_api import sync_playwright
 
     source = Path(os.environ["INFDIT_COMFYUI"])
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        (base / "input" / "photos").mkdir(parents=True)
-        for name in ("example.png", "photos/demo_photo.png"):
-            shutil.copy(PICTURE, base / "input" / name)
+        base = make_base(Path(folder), source)
         checkpoints = base / "models" / "checkpoints"
         checkpoints.mkdir(parents=True)
         (checkpoints / CHECKPOINT).touch()  # only its name is needed
         python = Path(sys.executable)
+        arguments = ["--cpu", *(["--front-end-root", str(frontend)] if frontend else [])]
         with (
-            running_server(python, source, base, arguments=["--cpu"], threads=2) as server,
+            running_server(python, source, base, arguments=arguments, threads=2) as server,
             sync_playwright() as playwright,
         ):
             browser = playwright.chromium.launch(
@@ -50,7 +51,9 @@ def interface(width: int = 1800, height: int = 1000) -> Iterator[tuple[ComfyServ
             )
             page = browser.new_page(viewport={"width": width, "height": height})
             page.goto(server.url)
-            page.wait_for_timeout(_LOADING_MS)
+            page.wait_for_function("() => window.app?.extensionManager", timeout=_LOADING_MS)
+            page.wait_for_function("() => LiteGraph.registered_node_types.InfDiTSampler")
+            page.wait_for_timeout(3000)
             page.keyboard.press("Escape")  # the dialog that an empty profile gets
             page.evaluate("() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
             page.wait_for_timeout(500)
