@@ -55,10 +55,11 @@ _MODEL_NOTE = """
 ---
 **The model**
 
-`infdit_small.safetensors` comes with the pack: small, for a first look. The authors' model makes far \
-better pictures. The README of [github.com/THUDM/Inf-DiT](https://github.com/THUDM/Inf-DiT) links its \
-file, `mp_rank_00_model_states.pt`, about 2.5 GB. Put it here as it is, press `R`, and choose it in \
-*Load Inf-DiT Checkpoint*:
+`infdit_small.safetensors` comes with the pack: small, for a first look. The authors' model makes \
+far better pictures. The README of \
+[github.com/THUDM/Inf-DiT](https://github.com/THUDM/Inf-DiT) links its file, \
+`mp_rank_00_model_states.pt`, about 2.5 GB. Put it here as it is, press `R`, and choose it in *Load \
+Inf-DiT Checkpoint*:
 
 ```
 ComfyUI/
@@ -91,8 +92,8 @@ class Example(NamedTuple):
 
 
 _BYPASS = (
-    " To stay quick, *Crop Image* cuts out a detail. Move its frame, or type `x` and `y`; to upscale"
-    " the whole picture, select the node and press `Ctrl+B`."
+    " To stay quick, *Crop Image* cuts out a detail. Move its frame, or type `x` and `y`; to"
+    " upscale the whole picture, select the node and press `Ctrl+B`."
 )
 START = "Inf-DiT upscale (start here)"
 EXAMPLES_OF = {
@@ -160,8 +161,8 @@ EXAMPLES_OF = {
     "Which setting": Example(
         "which_setting",
         "**One detail, three settings.**\n\nFrom left to right: little noise keeps what is there;"
-        " *fast* invents; *exact* is the authors' solver. Move the frame of *Crop Image* to a detail"
-        " that matters to you, run, and take the setting that you like best.",
+        " *fast* invents; *exact* is the authors' solver. Move the frame of *Crop Image* to a"
+        " detail that matters to you, run, and take the setting that you like best.",
         (Row("", (("1", "2"), ("3", NOTE), ("4", "5"), ("6", "7"), ("8", "9"))),),
         {
             "4": "fast, denoise 0.4: 5 evaluations",
@@ -233,7 +234,7 @@ def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
           for (const other of [...app.graph._nodes]) if (other !== node) app.graph.remove(other);
           node.pos = [0, 0];
           node.size = [WIDTH, 560];
-          return app.graph.serialize();
+          return JSON.parse(JSON.stringify(app.graph.serialize()));
         }""".replace("WIDTH", str(WIDTH)),
         [BLUEPRINT, OWN_PREFIXES[0]],
     )
@@ -293,7 +294,7 @@ _PLACE = """([places, groups, note, titles]) => {
     for (const widget of node.widgets ?? [])
       if (widget.name === 'control_after_generate') widget.value = 'fixed';
   }
-  const saved = app.graph.serialize();
+  const saved = JSON.parse(JSON.stringify(app.graph.serialize()));  // without what is undefined
   saved.groups = groups.map((g, i) => ({ id: i + 1, font_size: 24, flags: {}, ...g }));
   return saved;
 }"""
@@ -304,8 +305,6 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
     found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     version = found[1] if found else ""
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, title))  # the same in every run
-    if workflow.get("definitions", ...) is None:
-        del workflow["definitions"]
     inner = [g["nodes"] for g in workflow.get("definitions", {}).get("subgraphs", [])]
     for node in chain(workflow["nodes"], *inner):
         own = node["type"].startswith(OWN_PREFIXES)
