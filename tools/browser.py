@@ -5,8 +5,10 @@ Needs playwright from the package index and a Chromium (Debian's `chromium`).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from tools.comfy_server import ROOT, ComfyServer, make_base, running_server
 
 EXAMPLES = ROOT / "example_workflows"
 PICTURE = ROOT / "examples" / "demo_photo.png"
+FRONTEND = "comfyui-frontend-package==1.58.1"
+"""The newest that is to be had; ComfyUI 0.30 brings 1.47."""
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 _LOADING_MS = 120_000
@@ -82,3 +86,64 @@ def fit_view(page: Any) -> None:
         }"""
     )
     page.wait_for_timeout(1500)
+
+
+def newest_frontend(folder: Path) -> Path:
+    """The `static` folder of the newest interface, from the package index; `folder` keeps it."""
+    target = folder / FRONTEND.replace("==", "-")
+    static = target / "comfyui_frontend_package" / "static"
+    if not static.exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--target", str(target), FRONTEND], check=True)
+    return static
+
+
+def open_workflow(page: Any, path: Path) -> None:
+    """Load a workflow as the template browser does."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    page.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, path.stem])
+    page.wait_for_timeout(2000)
+
+
+def run_workflow(page: Any, timeout_ms: float = 600_000) -> None:
+    """Run what is open as the Run button does; raises RuntimeError if it fails."""
+    page.evaluate(
+        """() => {
+          window.ended = null;
+          const listen = (name, end) =>
+            app.api.addEventListener(name, e => { window.ended = end(e); });
+          listen('execution_success', () => 'done');
+          listen('execution_error', e => e.detail.node_type + ': ' + e.detail.exception_message);
+          listen('execution_interrupted', () => 'interrupted');
+          app.queuePrompt(0, 1);
+        }"""
+    )
+    page.wait_for_function("() => window.ended", timeout=timeout_ms)
+    page.wait_for_timeout(1500)
+    ended = page.evaluate("() => window.ended")
+    if ended != "done":
+        raise RuntimeError(ended)
+
+
+def nodes_2(page: Any, on: bool) -> None:
+    """Switch between classic nodes and Nodes 2.0."""
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", on)
+    page.wait_for_timeout(1000)
+
+
+def boxes(page: Any) -> dict[str, list[float]]:
+    """x, y, width and height of each node as drawn, title included, in px of the graph."""
+    return page.evaluate(
+        """() => {
+          const scale = app.canvas.ds.scale, found = {};
+          for (const node of app.graph._nodes) {
+            const shown = document.querySelector(`[data-node-id="${node.id}"]`);
+            const box = shown?.getBoundingClientRect();
+            const [width, height] = box ? [box.width / scale, box.height / scale]
+              : [node.size[0], node.size[1] + LiteGraph.NODE_TITLE_HEIGHT];
+            const y = node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT;
+            found[`${node.id} ${node.type}`] = [node.pos[0], y, width, height];
+          }
+          return found;
+        }"""
+    )

@@ -58,14 +58,14 @@ _MODEL_NOTE = """
 `infdit_small.safetensors` comes with the pack: small, for a first look. The authors' model makes \
 far better pictures. The README of \
 [github.com/THUDM/Inf-DiT](https://github.com/THUDM/Inf-DiT) links its file, \
-`mp_rank_00_model_states.pt`, about 2.5 GB. Put it here as it is, press `R`, and choose it in *Load \
-Inf-DiT Checkpoint*:
+`mp_rank_00_model_states.pt`, about 2.5 GB. Put it here as it is, press `R`, and choose it in \
+*Load Inf-DiT Checkpoint*:
 
 ```
 ComfyUI/
-└── models/
-    └── infdit/
-        └── mp_rank_00_model_states.pt
+└ models/
+  └ infdit/
+    └ mp_rank_00_model_states.pt
 ```"""
 
 
