@@ -19,7 +19,6 @@ from typing import Any
 from tools.comfy_server import ROOT, ComfyServer, make_base, running_server
 
 EXAMPLES = ROOT / "example_workflows"
-PICTURE = ROOT / "examples" / "demo_photo.png"
 FRONTEND = "comfyui-frontend-package==1.58.1"
 """The newest that is to be had; ComfyUI 0.30 brings 1.47."""
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
@@ -63,29 +62,6 @@ def interface(
             page.wait_for_timeout(500)
             yield server, page
             browser.close()
-
-
-def fit_view(page: Any) -> None:
-    """Scale and move the canvas so that every node is seen."""
-    page.evaluate(
-        """() => {
-          const nodes = app.graph._nodes, canvas = app.canvas;
-          const left = Math.min(...nodes.map(n => n.pos[0]));
-          const top = Math.min(...nodes.map(n => n.pos[1])) - 40;
-          const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0]));
-          const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
-          const menu = 70, bar = 90;
-          const width = window.innerWidth - menu - 40, height = window.innerHeight - bar - 40;
-          const scale = Math.min(1.1, width / (right - left), height / (bottom - top));
-          canvas.ds.scale = scale;
-          canvas.ds.offset = [
-            (menu + 20 + (width - scale * (right - left)) / 2) / scale - left,
-            (bar + (height - scale * (bottom - top)) / 2) / scale - top,
-          ];
-          canvas.setDirty(true, true);
-        }"""
-    )
-    page.wait_for_timeout(1500)
 
 
 def newest_frontend(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 The graphs are those of tests/workflows; the real interface loads each, this lays its nodes out in
 the rows of `EXAMPLES_OF`, adds the note, and writes what the interface would save, so that an
 example always has the widgets of the present schemas. To add one: its graph into tests/workflows,
-an entry into `EXAMPLES_OF`, then `python -m tools.screenshot thumbnails TITLE`.
+an entry into `EXAMPLES_OF`, a detail of a photograph into `tools/thumbnails.py`.
 Set INFDIT_COMFYUI to a ComfyUI's source folder.
 """
 
@@ -87,8 +87,6 @@ class Example(NamedTuple):
     rows: tuple[Row, ...]
     titles: dict[str, str] = {}  # noqa: RUF012 (never changed)
     """Names of nodes that say more than their own."""
-    crop: tuple[str, int, int] = ("demo_photo.png", 0, 0)
-    """Detail for the thumbnail: file, left and top in px (see tools/screenshot.py)."""
 
 
 _BYPASS = (

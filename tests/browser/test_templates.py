@@ -10,7 +10,13 @@ import shutil
 import pytest
 
 from tools.browser import (
-    EXAMPLES, boxes, interface, newest_frontend, nodes_2, open_workflow, run_workflow,
+    EXAMPLES,
+    boxes,
+    interface,
+    newest_frontend,
+    nodes_2,
+    open_workflow,
+    run_workflow,
 )  # fmt: skip
 from tools.comfy_server import ROOT
 from tools.environment import cache_dir
