@@ -75,26 +75,14 @@ def node(page: Any, kind: str) -> None:
 
 
 def mid_run(page: Any, path: Path, target: Path) -> None:
-    """The interface while Inf-DiT Upscale shows its first preview."""
+    """The interface while Inf-DiT Upscale shows the preview of a step past the middle."""
     open_workflow(page, path)
-    page.evaluate(
-        """() => {
-          const node = app.graph._nodes.find(n => n.type === 'InfDiTSampler');
-          const set = (name, value) => node.widgets.find(w => w.name === name).value = value;
-          set('preset', 'exact');  // long enough to be seen
-          set('denoise', 1);
-          app.queuePrompt(0, 1);
-        }"""
-    )
+    page.evaluate("() => app.queuePrompt(0, 1)")
     page.wait_for_function(
-        "() => app.graph._nodes.find(n => n.type === 'InfDiTSampler').imgs?.length",
+        "() => app.graph._nodes.find(n => n.type === 'InfDiTSampler').progress >= 0.5",
         timeout=_RUN_MS,
+        polling=100,
     )
-    page.wait_for_function(  # past the first steps, which are noise
-        "() => (app.extensionManager, document.title.match(/(\\\\d+)%/)?.[1] ?? 0) >= 50",
-        timeout=_RUN_MS,
-    )
-    page.wait_for_timeout(300)
     page.screenshot(path=target)
     page.evaluate("() => app.api.interrupt()")
 

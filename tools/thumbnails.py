@@ -21,7 +21,7 @@ from infdit_core.sampling import PRESETS
 from tools.comfy_server import ROOT
 from tools.make_workflows import EXAMPLES_OF, START
 
-SIDE, SCALE, LINE = 512, 4, 4
+SIDE, SCALE, LINE = 384, 4, 4
 _16_04 = "lomiri-wallpapers-16.04-"
 BRUSHES, WINE, HILLS, DOGS, STREAM, PEAKS = (
     _16_04 + name
@@ -40,12 +40,12 @@ DETAILS = {
     "SDXL to 8K in two passes": (HILLS, 960, 380),
     "SDXL 2048 with HiDiffusion, then Inf-DiT to 8K": (STREAM, 640, 300),
     "Upscale a folder": (WINE, 480, 60),
-    "Advanced sampling with KSampler": (WINE, 30, 780),
+    "Advanced sampling with KSampler": (DOGS, 480, 640),
     "Before and after": (DOGS, 300, 300),
     "Which setting": (BRUSHES, 330, 20),
     "Refine another upscaler's picture": (STREAM, 120, 480),
 }
-"""Photograph, and left and top of a detail of 256x512 px, by the template."""
+"""Photograph, and left and top of a detail of 192x384 px, by the template."""
 README = (START, "Before and after")
 
 
@@ -55,10 +55,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED_FOLDER / "infdit_small.safetensors")
     parser.add_argument("--preset", choices=list(PRESETS), default="fast")
     parser.add_argument("--denoise", type=float, default=0.4)
+    parser.add_argument("titles", nargs="*", help="those alone; all without")
     args = parser.parse_args()
     model = load_model(args.model)
     pairs = {}
-    for title in EXAMPLES_OF:
+    for title in args.titles or EXAMPLES_OF:
         name, left, top = DETAILS[title]
         photo = np.load(args.photos / "test" / f"{name}.npy")
         detail = Image.fromarray(photo[top : top + SIDE, left : left + SIDE // 2])
@@ -66,10 +67,12 @@ def main() -> None:
         side_by_side([before, after]).resize((SIDE, SIDE)).save(
             ROOT / "example_workflows" / f"{title}.jpg", quality=90
         )
+    if not pairs.keys() >= set(README):
+        return
     shown = []
     for title in README:
         for picture, label in zip(pairs[title], ("Bicubic", "Inf-DiT"), strict=True):
-            shown.append(labelled(picture.crop((0, 0, SIDE // 2, SIDE * 3 // 4)), label))
+            shown.append(labelled(picture, label))
     side_by_side(shown).save(ROOT / "docs" / "before_after.jpg", quality=92)
 
 
