@@ -73,9 +73,10 @@ class InfDiTCheckpointLoader(io.ComfyNode):
         # None: it comes from another node, and is looked up when that has run
         return model_name in [None, *folder_paths.get_filename_list(_FOLDER)] or (
             "Load Inf-DiT Checkpoint: expected a file in models/infdit or a folder listed under"
-            f" infdit in extra_model_paths.yaml; {model_name!r} is not there. The released model is"
-            " linked in its authors' repository; its .pt file works as it is. The pack's README"
-            " says more under Models, and how to convert."
+            f" infdit in extra_model_paths.yaml; {model_name!r} is not there. The authors' model is"
+            " mp_rank_00_model_states.pt, about 2.5 GB, linked in the README of"
+            " github.com/THUDM/Inf-DiT: put it into models/infdit as it is. Or choose"
+            " infdit_small.safetensors, which comes with this pack."
         )
 
     @classmethod
