@@ -18,6 +18,7 @@ from .network.model import InfDiT
 from .network.residual_cache import ResidualCache
 from .network.run import Progress
 from .pictures.colour_fix import fix_colours
+from .pictures.mask import check_mask, lay_mask, masked, paste, resize_mask
 from .pictures.prepare import Canvas, check_image, pass_sizes, target_size
 from .pictures.start import check_start
 from .pictures.wrap import check_wrap, lay_out
@@ -83,12 +84,12 @@ class Sampler:
             schedule, retry = adaptive.plan.schedule, adaptive.call
         device = self.device
         concat = canvas.concat.to(schedule.pictures_device or device)
-        noise = torch.randn(concat.shape, generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
         return sample(
             self.model,
             Condition(concat, canvas.lr.to(device), canvas.vector),
             sigmas,
-            noise=noise,
+            noise=canvas.noise(lambda shape: torch.randn(shape, generator=generator)),
             solver=self.preset.solver,
             schedule=schedule,
             retry=retry,
@@ -97,6 +98,7 @@ class Sampler:
             cache=ResidualCache(self.reuse_layers) if self.reuse_layers else None,
             start=canvas.start,
             wrap=canvas.wrap,
+            mask=canvas.mask,
         ).cpu()
 
     def plan(self, canvas: Canvas) -> Adaptive:
@@ -119,6 +121,7 @@ def upscale(
     colour_fix: str = "none",
     start: Tensor | None = None,
     wrap: str = "none",
+    mask: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """Upscale pictures, each by itself; above 4 times in several passes.
@@ -133,6 +136,8 @@ def upscale(
         start: (1 or B, h, w, C) in 0..1, upscaled pictures of another origin that sampling starts
             from, in the last pass; the conditions stay those of `image`.
         wrap: one of `WRAPS`, the edges where the pictures go on around.
+        mask: ([1 or B,] h, w) in 0..1: 1 is upscaled, 0 keeps the picture that sampling starts
+            from, `start` or the enlarged one, between them the two are mixed in every step.
         settings: of `Sampler`, such as `seed`, `preset` or `denoise`.
 
     Returns:
@@ -155,6 +160,8 @@ def upscale(
     check_wrap(wrap, colour_fix)
     if start is not None:
         check_start(start, len(image), size)
+    if mask is not None:
+        mask = check_mask(mask, len(image), size)
     require_memory(size, draw.device, results=len(image))
     passes = pass_sizes(source_size, size)
     results = []
@@ -166,6 +173,15 @@ def upscale(
             if start is not None and n == len(passes):
                 first = start[i % len(start)][None]
                 canvas.start = lay_out(first, size, draw.block_px, wrap).concat
-            picture = canvas.finish(draw(canvas))
-        results.append(fix_colours(picture, source, colour_fix))
+            if mask is None:
+                picture = canvas.finish(draw(canvas))
+            else:
+                laid = lay_mask(mask[i % len(mask)][None], canvas)
+                part = masked(canvas, laid, draw.block_px)
+                picture = canvas.finish(canvas.first if part is None else paste(draw(part), canvas))
+        fixed = fix_colours(picture, source, colour_fix)
+        if mask is not None and colour_fix != "none":
+            weight = resize_mask(mask[i % len(mask)][None], size).movedim(1, -1)
+            fixed = torch.lerp(picture, fixed, weight.expand_as(fixed))
+        results.append(fixed)
     return torch.cat(results)

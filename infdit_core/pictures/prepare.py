@@ -8,6 +8,7 @@ there cannot disturb more than the blocks it lies in.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,11 +55,21 @@ class Canvas:
     """Where the target lies on the canvas, in pixels."""
     wrap: Wrap | None = None
     """What the margins repeat, of a picture that goes on around."""
+    mask: Tensor | None = None
+    """(B, 1, H, W) in 0..1: 1 is drawn, 0 keeps `first`."""
+    noise_size: tuple[int, int] | None = None
+    """(height, width) that noise is drawn for, of which a part of a canvas takes the top left."""
 
     @property
     def first(self) -> Tensor:
         """(B, 3, H, W): the picture that sampling starts from, without noise."""
         return self.concat if self.start is None else self.start
+
+    def noise(self, drawn: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """Noise like `concat`, from what draws it by its shape."""
+        height, width = self.concat.shape[-2:]
+        shape = (*self.concat.shape[:2], *(self.noise_size or (height, width)))
+        return drawn(shape)[..., :height, :width]
 
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""

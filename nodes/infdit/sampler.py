@@ -113,6 +113,14 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="For pictures that go on around: horizontal for 360 degree panoramas,"
                     " both for seamless textures. The result fits together at these edges, too.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White is upscaled; black keeps the start_image, or the picture"
+                    " enlarged by bicubic; grey mixes the two. What is black at the bottom and"
+                    " right takes no time. With Differential Diffusion on the model, grey is drawn"
+                    " in the later steps only.",
+                ),
             ],
             outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -137,6 +145,7 @@ class InfDiTSampler(io.ComfyNode):
         sigmas: torch.Tensor | None = None,
         start_image: torch.Tensor | None = None,
         wrap: str = "none",
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         if sigmas is not None:
             _check_sigmas(sigmas)
@@ -146,6 +155,8 @@ class InfDiTSampler(io.ComfyNode):
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
         if start_image is not None:
             require(start_image, torch.Tensor, "start_image: expected an IMAGE")
+        if mask is not None:
+            require(mask, torch.Tensor, "mask: expected a MASK")
         vectors = check_inputs(model, image, guidance)
         source_size = image.shape[1], image.shape[2]
         size = target_size(source_size, upscale_by, longest_edge)
@@ -170,6 +181,7 @@ class InfDiTSampler(io.ComfyNode):
             colour_fix=colour_fix,
             start=start_image,
             wrap=wrap,
+            mask=mask,
         )
         return picture_output(result)
 
@@ -209,6 +221,10 @@ class GuiderDraw:
         self.progress.begin(canvas)
         _, conditioning = conditioning_of(canvas.condition())
         first = canvas.first
+
+        def noise(shape: tuple[int, ...]) -> torch.Tensor:
+            return comfy.sample.prepare_noise(first.new_empty(shape), self.seed)
+
         if len(self.sigmas) < 2:
             return first
         guider = comfy.samplers.CFGGuider(self.model)
@@ -219,10 +235,11 @@ class GuiderDraw:
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(
-            comfy.sample.prepare_noise(first, self.seed),
+            canvas.noise(noise),
             first,
             self.sampler,
             self.sigmas,
+            denoise_mask=canvas.mask,
             callback=self.progress.step,
             disable_pbar=True,
             seed=self.seed,
