@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,15 +19,30 @@ from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE
 
-if TYPE_CHECKING:
-    from .wrap import Wrap
-
 MAX_SHRINK = 4
 """A smaller result would need more padding than picture."""
 
 
 class PreparationError(InfDiTError):
     """The picture or the size asked for cannot be worked on."""
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """Where each row and column of a canvas has its pixels from."""
+
+    rows: Tensor | None
+    """(H,) numbers of rows of the canvas; None leaves rows as they are."""
+    columns: Tensor | None
+    """(W,), as rows."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A (..., H, W) with the margins as the picture has them."""
+        if self.rows is not None:
+            x = x.index_select(-2, self.rows.to(x.device))
+        if self.columns is not None:
+            x = x.index_select(-1, self.columns.to(x.device))
+        return x
 
 
 @dataclass

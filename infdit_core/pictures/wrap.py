@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..network.config import LR_SCALE
-from .prepare import Canvas, PreparationError, check_image, check_sizes, prepare
+from .prepare import Canvas, PreparationError, Wrap, check_image, check_sizes, prepare
 
 WRAPS = ("none", "horizontal", "both")
 """Which edges go on around: none, left and right, or all four."""
@@ -27,24 +27,6 @@ picture, for 8 photographs and the bundled model: 4.7 without wrap; with one blo
 """
 AFTER_BLOCKS = 1
 """Of context behind the last block, of which only the LR picture is seen."""
-
-
-@dataclass(frozen=True)
-class Wrap:
-    """Where each row and column of a canvas has its pixels from."""
-
-    rows: Tensor | None
-    """(H,) numbers of rows of the canvas; None leaves rows as they are."""
-    columns: Tensor | None
-    """(W,), as rows."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """A (..., H, W) with the margins as the picture has them."""
-        if self.rows is not None:
-            x = x.index_select(-2, self.rows.to(x.device))
-        if self.columns is not None:
-            x = x.index_select(-1, self.columns.to(x.device))
-        return x
 
 
 @dataclass(frozen=True)
