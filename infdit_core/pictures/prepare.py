@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,10 @@ class Canvas:
     """Where the target lies on the canvas, in pixels."""
     wrap: Wrap | None = None
     """What the margins repeat, of a picture that goes on around."""
+    mask: Tensor | None = None
+    """(B, 1, H, W) in 0..1: 1 is drawn, 0 keeps `first`."""
+    noise_size: tuple[int, int] | None = None
+    """(height, width) that noise is drawn for, of which a part of a canvas takes the top left."""
 
     @property
     def first(self) -> Tensor:
@@ -107,6 +112,12 @@ class Canvas:
             missing = self.lr.to(x) - _resize(x, quarter, tuple(self.lr.shape[-2:]))
             x = x + _resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
         return x
+
+    def noise(self, drawn: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """Noise like `concat`, from what draws it by its shape."""
+        height, width = self.concat.shape[-2:]
+        shape = (*self.concat.shape[:2], *(self.noise_size or (height, width)))
+        return drawn(shape)[..., :height, :width]
 
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""

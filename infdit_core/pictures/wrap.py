@@ -18,8 +18,13 @@ from .prepare import Canvas, PreparationError, Wrap, check_image, check_sizes, p
 
 WRAPS = ("none", "horizontal", "both")
 """Which edges go on around: none, left and right, or all four."""
-MARGIN_BLOCKS = 2
-"""Of context before the first block; a block sees more, of less and less weight."""
+MARGIN_BLOCKS = 1
+"""Of context before the first block; a block sees more, of less and less weight.
+
+Energy of the third difference over the seam, in shares of that at the same places within the
+picture, for 8 photographs and the bundled model: 4.7 without wrap; with one block behind, 2.0, 0.7,
+0.9 and 0.8 for 0, 1, 2 and 4 blocks before; 1.5 for 1 block before and none behind.
+"""
 AFTER_BLOCKS = 1
 """Of context behind the last block, of which only the LR picture is seen."""
 

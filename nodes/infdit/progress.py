@@ -88,7 +88,7 @@ class SamplingProgress:
         self._started = True
         self._tell(f"{width}x{height} -> {self._width}x{self._height}, loading")
         self._bar = comfy.utils.ProgressBar(sum(self._pixels))
-        self._canvas: tuple[int, int] | None = None
+        self._canvas: Canvas | None = None
         stride = max(1, max(height, width) // (2 * _PREVIEW_MAX_PX))  # a copy of all may not fit
         picture = image[:1, ::stride, ::stride, :3].movedim(-1, 1).expand(-1, 3, -1, -1)
         self._bar.update_absolute(0, None, self._preview(picture * 2 - 1))
@@ -103,7 +103,7 @@ class SamplingProgress:
             self._evaluations = self._evaluated  # as many as the last pass took
         self._run = min(self._run + 1, len(self._pixels) - 1)
         self._step = self._evaluated = 0
-        self._canvas = canvas.height, canvas.width
+        self._canvas = canvas
         if self._run:
             self._tell(self._line())
 
@@ -193,8 +193,7 @@ class SamplingProgress:
 
     def _preview(self, denoised: torch.Tensor) -> tuple[str, Image.Image, int] | None:
         try:
-            height, width = self._canvas or denoised.shape[-2:]
-            picture = preview_image(denoised[..., :height, :width])
+            picture = preview_image(self._canvas.crop(denoised) if self._canvas else denoised)
             return "JPEG", picture, _PREVIEW_MAX_PX
         except Exception as error:  # whatever it is, it is not worth hours of work
             logging.warning("Inf-DiT: no preview: %s", error)

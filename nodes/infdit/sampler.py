@@ -119,6 +119,14 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="For pictures that go on around: horizontal for 360 degree panoramas,"
                     " both for seamless textures. The result fits together at these edges, too.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White is upscaled; black keeps the start_image, or the enlarged"
+                    " picture; grey mixes the two. What is black at the bottom and right takes no"
+                    " time. With Differential Diffusion on the model, grey is drawn in the later"
+                    " steps only.",
+                ),
                 *size_inputs(),
                 same_noise_input(
                     True, "Off, each picture takes the noise of the seed plus its place."
@@ -148,6 +156,7 @@ class InfDiTSampler(io.ComfyNode):
         sigmas: torch.Tensor | None = None,
         start_image: torch.Tensor | None = None,
         wrap: str = "none",
+        mask: torch.Tensor | None = None,
         size_by: str = "factor or longest edge",
         megapixels: float = 4.0,
         width: int = 2048,
@@ -164,6 +173,8 @@ class InfDiTSampler(io.ComfyNode):
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
         if start_image is not None:
             require(start_image, torch.Tensor, "start_image: expected an IMAGE")
+        if mask is not None:
+            require(mask, torch.Tensor, "mask: expected a MASK")
         check_image(require(image, torch.Tensor, "expected an IMAGE"))
         require_infdit(model)
         box = height, width
@@ -193,6 +204,7 @@ class InfDiTSampler(io.ComfyNode):
             colour_fix=colour_fix,
             start=start_image,
             wrap=wrap,
+            mask=mask,
         )
         return picture_output(result)
 
@@ -230,14 +242,21 @@ class GuiderDraw:
     def device(self) -> torch.device:
         return self.model.load_device
 
+    def prepare(self, canvas: Canvas) -> Canvas:
+        """The canvas with the picture of the model's prior, if it has one."""
+        return with_prior(self.model, canvas)
+
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
-        canvas = with_prior(self.model, canvas)
         self.progress.begin(canvas)
         _, conditioning = conditioning_of(canvas.condition())
         first = canvas.first
         seed = self.seed + (self._passes // self.passes_of_a_seed if self.passes_of_a_seed else 0)
         seed, self._passes = seed % (MAX_SEED + 1), self._passes + 1
+
+        def noise(shape: tuple[int, ...]) -> torch.Tensor:
+            return comfy.sample.prepare_noise(first.new_empty(shape), seed)
+
         if len(self.sigmas) < 2:
             return first
         guider = comfy.samplers.CFGGuider(self.model)
@@ -248,10 +267,11 @@ class GuiderDraw:
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(
-            comfy.sample.prepare_noise(first, seed),
+            canvas.noise(noise),
             first,
             self.sampler,
             self.sigmas,
+            denoise_mask=canvas.mask,
             callback=self.progress.step,
             disable_pbar=True,
             seed=seed,

@@ -51,6 +51,10 @@ def test_of_several_passes_the_last_starts_from_it():
 
     class Enlarges:
         block_px, device = TINY.block_px, torch.device("cpu")
+        consistency = 0
+
+        def prepare(self, canvas):
+            return canvas
 
         def __call__(self, canvas):
             seen.append(canvas.start)

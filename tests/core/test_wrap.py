@@ -74,6 +74,10 @@ def test_the_seam_is_as_the_rest_of_the_picture(model):
 def test_alpha_start_and_passes_go_on_around(model):
     class Enlarges:
         block_px, device = TINY.block_px, torch.device("cpu")
+        consistency = 0
+
+        def prepare(self, canvas):
+            return canvas
 
         def __call__(self, canvas):
             return canvas.first

@@ -233,3 +233,25 @@ def test_conditioning_gives_frames_one_noise(comfy, load, image):
         found[same] = sampled[0]["samples"]
     assert not torch.allclose(found[False][0], found[False][1], atol=1e-2)
     torch.testing.assert_close(found[True][0], found[True][1])
+
+
+def test_a_mask_is_that_of_core(comfy, load, upscale, image):
+    model, start = load("tiny")[0], torch.rand(1, 20, 24, 3)
+    engine = comfy.module("infdit_core.upscale")
+    presets = comfy.module("infdit_core.sampling").PRESETS
+    draw = engine.Sampler(model.model.diffusion_model.net, presets["fast"], 5)
+    mask = torch.rand(1, 10, 12)
+    mask[:, 5:] = 0
+    expected = engine.upscale(image, 2.0, draw, start=start, mask=mask)
+    settings = {"seed": 5, "preset": "fast", "start_image": start, "mask": mask}
+    found = upscale(model, image, **settings)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[:, 11:], start[:, 11:], atol=2e-6, rtol=0)
+    differential = importlib.import_module("comfy_extras.nodes_differential_diffusion")
+    later = differential.DifferentialDiffusion.execute(model).args[0]
+    by_strength = upscale(later, image, **settings)
+    assert not torch.allclose(by_strength, found, atol=1e-2)
+    # the node of core takes the lowest noise level off everywhere
+    torch.testing.assert_close(by_strength[:, 11:], start[:, 11:], atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a mask in the shape"):
+        upscale(model, image, mask=torch.eye(20)[None])
