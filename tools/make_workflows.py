@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import uuid
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,13 +191,13 @@ def main() -> None:
                     node["inputs"]["image"] = "example.png"  # which every ComfyUI has
             page.evaluate("graph => app.loadApiJson(graph, 'example')", graph)
             page.wait_for_timeout(2000)
-            heights = page.evaluate(
+            needed: dict[str, float] = page.evaluate(
                 "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, n.computeSize()[1]]))"
             )
-            heights = {
-                key: SHORT.get(kind, height) + ROOM.get(kind, STYLES)
-                for key, height in heights.items()
-                for kind in [graph[key]["class_type"]]
+            kinds: dict[str, str] = {key: node["class_type"] for key, node in graph.items()}
+            heights: dict[str, float] = {
+                key: SHORT.get(kinds[key], height) + ROOM.get(kinds[key], STYLES)
+                for key, height in needed.items()
             }
             heights[NOTE] = NOTE_HEIGHT
             places, groups = layout(example.rows, heights)
@@ -248,7 +249,7 @@ def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
 
 
 def layout(
-    rows: tuple[Row, ...], heights: dict[str, float]
+    rows: tuple[Row, ...], heights: Mapping[str, float]
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
     """x, y, width and height of each node by its id, and the groups around the rows."""
     places, groups, top = {}, [], 0.0
