@@ -119,6 +119,10 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="For pictures that go on around: horizontal for 360 degree panoramas,"
                     " both for seamless textures. The result fits together at these edges, too.",
                 ),
+                *size_inputs(),
+                same_noise_input(
+                    True, "Off, each picture takes the noise of the seed plus its place."
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -126,10 +130,6 @@ class InfDiTSampler(io.ComfyNode):
                     " picture; grey mixes the two. What is black at the bottom and right takes no"
                     " time. With Differential Diffusion on the model, grey is drawn in the later"
                     " steps only.",
-                ),
-                *size_inputs(),
-                same_noise_input(
-                    True, "Off, each picture takes the noise of the seed plus its place."
                 ),
             ],
             outputs=picture_outputs(),
