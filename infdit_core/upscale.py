@@ -180,8 +180,7 @@ def upscale(
         draw = Sampler(model, **settings)
     elif settings:
         raise TypeError(f"settings go with a model, not with draw: {', '.join(settings)}")
-    if consistency is None:
-        consistency = getattr(draw, "consistency", 0)
+    times = getattr(draw, "consistency", 0) if consistency is None else consistency
     check_image(image)
     source_size = image.shape[1], image.shape[2]
     if not isinstance(size, tuple):
@@ -193,6 +192,6 @@ def upscale(
         for pass_size in pass_sizes(source_size, size):
             canvas = prepare(picture, size=pass_size, block_px=draw.block_px)
             canvas.vector = None if vectors is None else vectors[i : i + 1]
-            picture = canvas.finish(canvas.consistent(draw(canvas), consistency))
+            picture = canvas.finish(canvas.consistent(draw(canvas), times))
         results.append(fix_colours(picture, source, colour_fix))
     return torch.cat(results)
