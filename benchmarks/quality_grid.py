@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from infdit_core import PRESETS, load_model
 from infdit_core.network.config import LR_SCALE
+from infdit_core.sampling import AUTO
 
 from . import common
 from .common_photos import Upscaler, bicubic, degrade, read_photos, to_image, to_tensor, upscaler
@@ -26,17 +27,17 @@ CENTRES_PX = {
 SHOWN_PX = 192
 MARGIN_PX = 32
 """Around what is shown, upscaled with it as in a whole picture."""
-LABELS = ("input", "bicubic", "Inf-DiT, bundled model", "original")
+LABELS = ("input", "bicubic", "bundled model, denoise 0", "bundled model", "original")
 LABEL_PX = 22
 GAP_PX = 4
 
 
-def draw(photos: Mapping[str, np.ndarray], upscale: Upscaler, path: Path) -> None:
+def draw(photos: Mapping[str, np.ndarray], upscale: Sequence[Upscaler], path: Path) -> None:
     """Write the grid: input by nearest neighbour, bicubic, model and original of every crop.
 
     Args:
         photos: (H, W, 3) uint8 by name, those of CENTRES_PX among them.
-        upscale: the model.
+        upscale: the model, with denoise 0 and with 1.
     """
     cell = SHOWN_PX + GAP_PX
     size = len(LABELS) * cell - GAP_PX, LABEL_PX + len(CENTRES_PX) * cell - GAP_PX
@@ -50,7 +51,8 @@ def draw(photos: Mapping[str, np.ndarray], upscale: Upscaler, path: Path) -> Non
         original = to_tensor(photos[name][y - reach : y + reach, x - reach : x + reach])
         lr = degrade(original, "bicubic", name)
         nearest = lr.repeat_interleave(LR_SCALE, 2).repeat_interleave(LR_SCALE, 3)
-        for column, picture in enumerate((nearest, bicubic(lr), upscale(lr), original)):
+        ours = [enlarge(lr) for enlarge in upscale]
+        for column, picture in enumerate((nearest, bicubic(lr), *ours, original)):
             shown = picture[0, :, MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX]
             sheet.paste(to_image(shown), (column * cell, LABEL_PX + row * cell))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +61,12 @@ def draw(photos: Mapping[str, np.ndarray], upscale: Upscaler, path: Path) -> Non
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.arguments("quality_grid", __doc__, "photos", "model", "device")
-    parser.add_argument("--preset", choices=PRESETS, default="exact")
+    parser.add_argument("--preset", choices=(AUTO, *PRESETS), default=AUTO)
     parser.add_argument("--out", type=Path, default=common.ROOT / "docs" / "quality.png")
     args = common.parse(parser, argv)
     model = load_model(args.model, args.device)
-    draw(read_photos(args.photos), upscaler(model, preset=PRESETS[args.preset]), args.out)
+    ends = [upscaler(model, preset=args.preset, denoise=denoise) for denoise in (0, 1)]
+    draw(read_photos(args.photos), ends, args.out)
 
 
 if __name__ == "__main__":

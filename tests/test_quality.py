@@ -140,7 +140,7 @@ def test_no_photographs_is_an_error(tmp_path):
 def test_grid_shows_every_crop(monkeypatch, tmp_path):
     monkeypatch.setattr(quality_grid, "CENTRES_PX", {"a": (128, 128), "b": (130, 140)})
     photos = {name: np.full((300, 300, 3), 90, dtype=np.uint8) for name in "ab"}
-    quality_grid.draw(photos, bicubic, tmp_path / "grid.png")
+    quality_grid.draw(photos, [bicubic, bicubic], tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (780, 410)
+        assert grid.size == (976, 410)
         assert grid.getpixel((500, 300)) == (90, 90, 90)

@@ -1,0 +1,107 @@
+"""What trains the bundled model: tiles, degraded batches, Muon, and the two evaluations."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from infdit_core import load_model, sample
+from infdit_core.edm import RESIDUAL_MAX
+from infdit_core.network.model import InfDiT
+from infdit_core.network.prior import Prior
+from infdit_core.sampling import Preset
+from tests.goldens import TINY_PRIOR, random_condition
+from training import export, features, prior, tiles
+from training.degrade_batch import jpeg, reduce_realistic_batch
+from training.initial import initialise, initialise_prior
+from training.muon import orthogonal
+from training.recipe import SECOND_SIGMA, two_evaluations
+
+
+def test_tiles_are_read_as_written_and_cropped_inside(tmp_path):
+    picture = np.full((64, 64, 3), 200, np.uint8)
+    tiles.write(tmp_path / "T.bin", [tiles.encode(picture)] * 3)
+    found = tiles.read(tmp_path / "T.bin", torch.device("cpu"))
+    assert found.shape == (3, 64, 64, 3)
+    crops = tiles.crops(found, 5, 48, torch.Generator().manual_seed(0))
+    assert crops.shape == (5, 3, 48, 48)
+    torch.testing.assert_close(crops, torch.full_like(crops, 200 / 127.5 - 1), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("quality", [30, 80])
+def test_jpeg_is_that_of_pillow(quality):
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6), (48, 48), mode="bicubic")
+    levels = (smooth.clamp(0, 1) * 255).round()
+    file = io.BytesIO()
+    picture = Image.fromarray(levels[0].permute(1, 2, 0).byte().numpy())
+    picture.save(file, "JPEG", quality=quality, subsampling=2)
+    expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float()
+    found = jpeg(levels / 255, torch.tensor([float(quality)]))[0] * 255
+    assert (found - expected).abs().mean() < 1.5
+
+
+def test_degraded_pictures_are_levels_of_a_quarter_of_the_size():
+    lr = reduce_realistic_batch(torch.rand(5, 3, 96, 96) * 2 - 1, np.random.default_rng(0), group=2)
+    assert lr.shape == (5, 3, 24, 24)
+    levels = (lr + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
+    assert 0 <= levels.min() <= levels.max() <= 255
+
+
+def test_muon_turns_any_matrix_into_a_nearly_orthogonal_one():
+    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 20, 45)).float())
+    assert 0.5 < values.min() <= values.max() < 1.3
+
+
+def test_a_prior_starts_as_interpolation():
+    net = Prior(8, 2)
+    initialise_prior(net)
+    lr = torch.rand(1, 3, 8, 8)
+    assert not net(lr).any()
+    assert prior.gain(prior.enlarged(net, lr), lr, torch.rand(1, 3, 32, 32)) == 0
+
+
+def test_two_evaluations_are_the_preset_of_the_file():
+    model = initialise(InfDiT(TINY_PRIOR)).requires_grad_(False)
+    for parameter in model.final.parameters():
+        parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    noise, cond = random_condition(model, 2, 2)
+    for dial in (0.3, 1.0):
+        levels = Preset("euler", 2, (1.0, SECOND_SIGMA)).sigmas(1.0, RESIDUAL_MAX * dial)
+        expected = sample(model, cond, levels, noise=noise, solver="euler")
+        found = two_evaluations(model, cond, noise, torch.tensor([dial]))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_an_exported_file_has_the_other_prior_and_loads(tmp_path):
+    weights = dict(InfDiT(TINY_PRIOR).state_dict())
+    other = {f"prior.{k}": v for k, v in Prior(4, 1).state_dict().items()}
+    weights, config = export.with_prior(weights, TINY_PRIOR, other)
+    export.export(config, weights, tmp_path / "m.safetensors", {})
+    assert load_model(tmp_path / "m.safetensors").config.prior_width == 4
+
+
+def test_the_distance_of_features_is_0_for_the_same_and_grows(tmp_path):
+    expansion, shapes = {}, {"stem": (32, 3, 3, 3)}
+    channels = (32, 16, 24, 24, 40, 40, 80, 80)
+    for n, (wider, kernel, _) in enumerate(features._BLOCKS):
+        wide = channels[n] * wider
+        if wider > 1:
+            shapes[f"{n}_expand"] = (wide, channels[n], 1, 1)
+        shapes[f"{n}_depthwise"] = (wide, 1, kernel, kernel)
+        shapes[f"{n}_project"] = (channels[n + 1], wide, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        fan = shape[1] * shape[2] * shape[3]
+        expansion[f"{name}.weight"] = torch.randn(shape, generator=generator) * fan**-0.5
+        expansion[f"{name}.bias"] = torch.zeros(shape[0])
+    save_file(expansion, tmp_path / "lite0.safetensors")
+    lite0, picture = features.read(tmp_path / "lite0.safetensors"), torch.rand(1, 3, 64, 64)
+    near, far = picture + 0.01 * torch.randn_like(picture), torch.rand_like(picture)
+    same, close, apart = (
+        features.distance(lite0(p), lite0(picture)).item() for p in (picture, near, far)
+    )
+    assert same == 0 < close < apart
