@@ -43,6 +43,9 @@ def interface(
         checkpoints = base / "models" / "checkpoints"
         checkpoints.mkdir(parents=True)
         (checkpoints / CHECKPOINT).touch()  # only its name is needed
+        upscalers = base / "models" / "upscale_models"
+        upscalers.mkdir(parents=True)
+        (upscalers / "RealESRGAN_x4plus.safetensors").touch()
         python = Path(sys.executable)
         arguments = ["--cpu", *(["--front-end-root", str(frontend)] if frontend else [])]
         with (

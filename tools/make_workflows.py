@@ -23,6 +23,8 @@ from tools.browser import CHECKPOINT, EXAMPLES, ROOT, interface
 SUBGRAPHS = ROOT / "subgraphs"
 BLUEPRINT = "Inf-DiT 4x"
 API = ROOT / "tests" / "workflows"
+ESRGAN = "RealESRGAN_x4plus.safetensors"
+ESRGAN_URL = "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/main/" + ESRGAN
 SDXL_URL = (
     "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + CHECKPOINT
 )
@@ -172,6 +174,14 @@ EXAMPLES_OF = {
             "9": "exact",
         },
     ),
+    "Refine another upscaler's picture": Example(
+        "refine_picture",
+        "**Another upscaler first, Inf-DiT after it.**\n\nAny model of *Load Upscale Model*, such"
+        " as an ESRGAN, makes the first picture. It is `start_image`; `denoise` says how much of it"
+        " is drawn anew: 0.2 keeps most, 0.6 little." + _BYPASS,
+        (Row("", (("1", "2"), ("3", "4", "5"), ("6", "7"), ("8", NOTE))),),
+        {"5": "The other upscaler's picture", "8": "Refined by Inf-DiT"},
+    ),
 }
 
 
@@ -320,6 +330,10 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
         if node["type"] == "CheckpointLoaderSimple":
             node["properties"]["models"] = [
                 {"name": CHECKPOINT, "url": SDXL_URL, "directory": "checkpoints"}
+            ]
+        if node["type"] == "UpscaleModelLoader":
+            node["properties"]["models"] = [
+                {"name": ESRGAN, "url": ESRGAN_URL, "directory": "upscale_models"}
             ]
     path.write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
 
