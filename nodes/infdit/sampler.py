@@ -64,7 +64,7 @@ class InfDiTSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="Steps of Heun's method, each of two evaluations but the last. 20 is"
                     " what the model's authors use; fewer are faster and less exact. Only the"
-                    " preset exact reads it.",
+                    " preset exact reads it, and auto where it is exact.",
                 ),
                 io.Combo.Input(
                     "preset",
