@@ -48,7 +48,7 @@ ROOM = {
 """px below the widgets of a node for the picture that it shows during or after a run."""
 STYLES = 40
 """px that any other node may be higher in Nodes 2.0 than in classic nodes."""
-SHORT = {"CheckpointLoaderSimple": 100, "LoadImageDataSetFromFolder": 60}
+SHORT = {"CheckpointLoaderSimple": 100}
 """Heights of nodes that claim far more than they use."""
 NOTE = "MarkdownNote"
 NOTE_HEIGHT = 500
@@ -101,7 +101,7 @@ EXAMPLES_OF = {
     START: Example(
         "start_here",
         "**Choose a picture and press Run.**\n\n" + _BYPASS.strip() + "\n\n`upscale_by` takes any"
-        " number from 1 to 8. `denoise` 0.3 keeps what is there and sharpens it, 1 invents most.",
+        " number from 1 to 8. `denoise` 0 keeps what is there and sharpens it, 1 invents most.",
         (Row("", (("1",), ("5", "2"), ("3",), ("4",), (NOTE,))),),
         {"5": "Crop Image: Ctrl+B for the whole picture"},
     ),
@@ -137,9 +137,10 @@ EXAMPLES_OF = {
     "Upscale a folder": Example(
         "upscale_folder",
         "**Every picture of a folder.**\n\nMake a folder in ComfyUI's `input` folder, put pictures"
-        " into it, reload the page, and choose it here. They may differ in size: they are upscaled"
-        " one after the other.",
-        (Row("", (("1", "2"), ("3",), ("4",), (NOTE,))),),
+        " into it, reload the page, and choose it here. They may differ in size. Each result is"
+        " written as soon as it is done, into a folder of the same name in `output`; after a"
+        " cancel, queue again and it goes on.",
+        (Row("", (("1",), ("2",), (NOTE,))),),
     ),
     "Advanced sampling with KSampler": Example(
         "advanced_ksampler",
