@@ -75,6 +75,7 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_SEED,
+                    control_after_generate=False,
                     tooltip="Chooses the invented detail, the same for every picture.",
                 ),
                 io.Combo.Input(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tools.comfy_server import ROOT, ComfyError, ComfyServer
-from tools.dev import png_size
+from tools.dev import PHOTO, png_size
 from tools.make_workflows import API, BLUEPRINT, EXAMPLES_OF, EXPOSED, NOTE, START, SUBGRAPHS
 
 pytestmark = pytest.mark.comfy
@@ -135,6 +135,9 @@ def test_the_example_runs(comfy_server: ComfyServer, title, tmp_path):
 @pytest.mark.parametrize("title", sorted(set(EXAMPLES_OF) - set(RUNNABLE)))
 def test_of_the_others_nothing_is_missing_but_the_models(comfy_server: ComfyServer, title):
     graph = json.loads((API / f"{EXAMPLES_OF[title].graph}.json").read_text())
+    for node in graph.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = comfy_server.upload_image(PHOTO)
     with pytest.raises(ComfyError) as refusal:
         comfy_server.submit(graph)
     complaints = [line for line in str(refusal.value).splitlines() if line.startswith("  ")]
