@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from infdit_core import load_model, upscale
 from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.network.model import InfDiT
-from infdit_core.sampling import PRESETS
+from infdit_core.sampling import AUTO, PRESETS
 from tools.comfy_server import ROOT
 from tools.make_workflows import EXAMPLES_OF, START
 
@@ -53,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=BUNDLED_FOLDER / "infdit_small.safetensors")
-    parser.add_argument("--preset", choices=list(PRESETS), default="fast")
-    parser.add_argument("--denoise", type=float, default=0.4)
+    parser.add_argument("--preset", choices=[AUTO, *PRESETS], default=AUTO)
+    parser.add_argument("--denoise", type=float, default=1.0)
     parser.add_argument("titles", nargs="*", help="those alone; all without")
     args = parser.parse_args()
     model = load_model(args.model)
@@ -83,9 +83,7 @@ def before_after(
     width, height = detail.size
     small = detail.resize((width // SCALE, height // SCALE), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(small)).float()[None] / 255  # (1, H, W, 3)
-    after = upscale(
-        pixels, float(SCALE), model=model, seed=0, preset=PRESETS[preset], denoise=denoise
-    )
+    after = upscale(pixels, float(SCALE), model=model, seed=0, preset=preset, denoise=denoise)
     after = (after[0] * 255).round().byte().numpy()
     return small.resize(detail.size, Image.Resampling.BICUBIC), Image.fromarray(after)
 
