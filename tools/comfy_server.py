@@ -42,7 +42,9 @@ class ComfyError(RuntimeError):
 def child_environment(**extra: str) -> dict[str, str]:
     """This process's environment without the Python paths of another installation."""
     dropped = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"}
-    return {k: v for k, v in os.environ.items() if k not in dropped} | extra
+    kept = {k: v for k, v in os.environ.items() if k not in dropped}
+    # Threads that wait must sleep: beside other work they take its processors and all wait longer.
+    return {"OMP_WAIT_POLICY": "passive"} | kept | extra
 
 
 def free_port(preferred: int = 0) -> int:
