@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoints.checkpoint import open_checkpoint
-from .checkpoints.names import clip_state_dict
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.names import CLIP_PREFIX, clip_state_dict
 from .errors import InfDiTError
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,10 +40,15 @@ def read_clip(path: str | Path) -> dict[str, Tensor]:
         tower = clip_state_dict(checkpoint)
         if tower is not None:
             return tower
-        if not any(key.startswith("visual.") for key in checkpoint.shapes):
+        if not holds_clip(checkpoint):
             found = ", ".join(sorted(checkpoint.shapes)[:3])
-            raise GuidanceError(f"{checkpoint.path}: {_EXPECTED}, found the keys {found}, ...")
+            raise GuidanceError(f"{checkpoint.path.name}: {_EXPECTED}, found the keys {found}, ...")
         return {key: checkpoint.tensor(key) for key in checkpoint.shapes}
+
+
+def holds_clip(checkpoint: Checkpoint) -> bool:
+    """Whether there is a CLIP under open_clip's names, by itself or in an Inf-DiT checkpoint."""
+    return any(key.startswith(("visual.", CLIP_PREFIX)) for key in checkpoint.shapes)
 
 
 class ClipGuide:

@@ -199,6 +199,9 @@ def sample(
     callback: Callback | None = None,
     progress: Progress | None = None,
     cache: ResidualCache | None = None,
+    start: Tensor | None = None,
+    wrap: Callable[[Tensor], Tensor] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Draw a picture: start from the LR picture plus noise and follow the ODE to sigma 0.
 
@@ -214,6 +217,9 @@ def sample(
         callback: called with a `Step` once in every step; may raise to cancel.
         progress: called after every cell of an evaluation; may raise to cancel.
         cache: a new one, to leave out layers where sigma has hardly changed; exact if None.
+        start: (B, 3, H, W) in [-1, 1], the picture to start from in place of the LR picture.
+        wrap: fills margins of a (B, 3, H, W), before and after every evaluation.
+        mask: (B, 1, H, W), 1 where the picture is drawn and 0 where it stays that of the start.
 
     Returns:
         (B, 3, H, W) float32, about [-1, 1], not clipped.
@@ -231,9 +237,17 @@ def sample(
         def evaluate(schedule: Schedule) -> Tensor:
             return model.denoise(x, sigma, cond, schedule, run=run)
 
-        return evaluate(schedule) if retry is None else retry(evaluate)
+        if mask is not None:
+            x = torch.lerp(first + sigma * noise, x, mask)
+        if wrap is not None:
+            x = wrap(x)
+        denoised = evaluate(schedule) if retry is None else retry(evaluate)
+        denoised = denoised if wrap is None else wrap(denoised)
+        return denoised if mask is None else torch.lerp(first, denoised, mask)
 
     device = schedule.pictures_device or model.final.linear.weight.device
-    concat = cond.concat.to(device, torch.float32)
-    x = concat + levels[0] * noise.to(concat)
+    first = (cond.concat if start is None else start).to(device, torch.float32)
+    noise = noise.to(first)
+    mask = None if mask is None else mask.to(first).expand_as(first)
+    x = first + levels[0] * noise
     return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))

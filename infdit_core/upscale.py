@@ -21,7 +21,10 @@ from .network.prior import interpolate
 from .network.residual_cache import ResidualCache
 from .network.run import Progress
 from .pictures.colour_fix import fix_colours
-from .pictures.prepare import Canvas, check_image, pass_sizes, prepare, target_size
+from .pictures.mask import check_mask, lay_mask, masked, paste, resize_mask
+from .pictures.prepare import Canvas, check_image, pass_sizes, target_size
+from .pictures.start import check_start
+from .pictures.wrap import check_wrap, lay_out
 from .sampling import AUTO, Callback, Preset, find_preset, sample
 
 
@@ -36,6 +39,15 @@ class Draw(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
+        ...
+
+    @property
+    def consistency(self) -> int:
+        """Back-projections that a result wants, where nobody says otherwise."""
+        ...
+
+    def prepare(self, canvas: Canvas) -> Canvas:
+        """A canvas with what the network makes of it before sampling."""
         ...
 
     def __call__(self, canvas: Canvas) -> Tensor:
@@ -82,14 +94,17 @@ class Sampler:
     def device(self) -> torch.device:
         return self.model.final.linear.weight.device
 
+    def prepare(self, canvas: Canvas) -> Canvas:
+        """The canvas with the picture of the model's prior, if it has one."""
+        weight = self.model.final.linear.weight
+        return with_prior(canvas, self.model, weight.device, weight.dtype)
+
     def __call__(self, canvas: Canvas) -> Tensor:
         """A sampled (B, 3, H, W) float32 on the CPU."""
         preset = cast("Preset", self.preset)
         sigmas = preset.sigmas(self.denoise, self.model.config.sigma_max)
-        weight = self.model.final.linear.weight
-        canvas = with_prior(canvas, self.model, weight.device, weight.dtype)
         if len(sigmas) < 2:
-            return canvas.concat
+            return canvas.first
         retry: Callable | None = None
         schedule = self.schedule
         if schedule is None:
@@ -97,18 +112,21 @@ class Sampler:
             schedule, retry = adaptive.plan.schedule, adaptive.call
         device = self.device
         concat = canvas.concat.to(schedule.pictures_device or device)
-        noise = torch.randn(concat.shape, generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
         return sample(
             self.model,
             Condition(concat, canvas.lr.to(device), canvas.vector),
             sigmas,
-            noise=noise,
+            noise=canvas.noise(lambda shape: torch.randn(shape, generator=generator)),
             solver=preset.solver,
             schedule=schedule,
             retry=retry,
             callback=self.callback,
             progress=self.progress,
             cache=ResidualCache(self.reuse_layers) if self.reuse_layers else None,
+            start=canvas.start,
+            wrap=canvas.wrap,
+            mask=canvas.mask,
         ).cpu()
 
     def plan(self, canvas: Canvas) -> Adaptive:
@@ -135,12 +153,17 @@ def with_prior(canvas: Canvas, model: InfDiT, device: torch.device, dtype: torch
         return canvas
     if canvas.scale > LR_SCALE * 0.99:
         return replace(canvas, concat=canvas.concat + model.prior.bands(canvas.lr, device, dtype))
-    source = canvas.source_pixels()
+    source, reach = canvas.source_pixels(model.prior.reach)
     large = interpolate(source) + model.prior.bands(source, device, dtype)
+    around = tuple(LR_SCALE * pixels for pixels in reach)
+    large = large[..., around[0] : large.shape[-2] - around[0], around[1] :]
+    large = large[..., : large.shape[-1] - around[1]]
     size = canvas.height, canvas.width
+    rows = slice(canvas.top, canvas.top + size[0])
+    columns = slice(canvas.left, canvas.left + size[1])
     concat = canvas.concat.clone()  # what is padded needs no prior
-    concat[..., : size[0], : size[1]] = F.interpolate(large, size, mode="bicubic", antialias=True)
-    return replace(canvas, concat=concat)
+    concat[..., rows, columns] = F.interpolate(large, size, mode="bicubic", antialias=True)
+    return replace(canvas, concat=canvas.wrap(concat) if canvas.wrap else concat)
 
 
 def upscale(
@@ -152,6 +175,9 @@ def upscale(
     vectors: Tensor | None = None,
     colour_fix: str = "none",
     consistency: int | None = None,
+    start: Tensor | None = None,
+    wrap: str = "none",
+    mask: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """Upscale pictures, each by itself; above 4 times in several passes.
@@ -165,6 +191,11 @@ def upscale(
         colour_fix: one of `COLOUR_FIXES`.
         consistency: how many times the result is corrected so that, reduced again, it equals the
             picture; what the preset asks for if None.
+        start: (1 or B, h, w, C) in 0..1, upscaled pictures of another origin that sampling starts
+            from, in the last pass; the conditions stay those of `image`.
+        wrap: one of `WRAPS`, the edges where the pictures go on around.
+        mask: ([1 or B,] h, w) in 0..1: 1 is upscaled, 0 keeps the picture that sampling starts
+            from, `start` or the enlarged one, between them the two are mixed in every step.
         settings: of `Sampler`, such as `seed`, `preset` or `denoise`.
 
     Returns:
@@ -180,18 +211,37 @@ def upscale(
         draw = Sampler(model, **settings)
     elif settings:
         raise TypeError(f"settings go with a model, not with draw: {', '.join(settings)}")
-    times = getattr(draw, "consistency", 0) if consistency is None else consistency
+    times = draw.consistency if consistency is None else consistency
     check_image(image)
     source_size = image.shape[1], image.shape[2]
     if not isinstance(size, tuple):
         size = target_size(source_size, size)
+    check_wrap(wrap, colour_fix)
+    if start is not None:
+        check_start(start, len(image), size)
+    if mask is not None:
+        mask = check_mask(mask, len(image), size)
     require_memory(size, draw.device, results=len(image))
+    passes = pass_sizes(source_size, size)
     results = []
     for i, source in enumerate(image.split(1)):
         picture = source
-        for pass_size in pass_sizes(source_size, size):
-            canvas = prepare(picture, size=pass_size, block_px=draw.block_px)
+        for n, pass_size in enumerate(passes, 1):
+            canvas = draw.prepare(lay_out(picture, pass_size, draw.block_px, wrap))
             canvas.vector = None if vectors is None else vectors[i : i + 1]
-            picture = canvas.finish(canvas.consistent(draw(canvas), times))
-        results.append(fix_colours(picture, source, colour_fix))
+            if start is not None and n == len(passes):
+                first = start[i % len(start)][None]
+                canvas.start = lay_out(first, size, draw.block_px, wrap).concat
+            if mask is None:
+                x = canvas.consistent(draw(canvas), times)
+            else:
+                laid = lay_mask(mask[i % len(mask)][None], canvas)
+                part = masked(canvas, laid, draw.block_px)
+                x = canvas.first if part is None else paste(draw(part), canvas)
+            picture = canvas.finish(x)
+        fixed = fix_colours(picture, source, colour_fix)
+        if mask is not None and colour_fix != "none":
+            weight = resize_mask(mask[i % len(mask)][None], size).movedim(1, -1)
+            fixed = torch.lerp(picture, fixed, weight.expand_as(fixed))
+        results.append(fixed)
     return torch.cat(results)

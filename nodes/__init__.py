@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .hidiffusion.node import HiDiffusion
 from .infdit.advanced import InfDiTConditioning, InfDiTDecode
+from .infdit.folder import InfDiTUpscaleFolder
 from .infdit.guidance import InfDiTGuidance
 from .infdit.loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
 from .infdit.sampler import InfDiTSampler
@@ -21,4 +22,5 @@ class InfDiTExtension(ComfyExtension):
             InfDiTDecode,
             InfDiTSchedule,
             HiDiffusion,
+            InfDiTUpscaleFolder,
         ]

@@ -6,6 +6,7 @@ INFDIT_GOLDEN; its cases are marked `extra`:
     INFDIT_GOLDEN=FOLDER python3 tools/dev.py test -m "extra and not slow and not gpu"
 """
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,18 @@ def random_condition(model: InfDiT, rows: int, columns: int, batch: int = 1, see
     return torch.randn(batch, 3, h, w, generator=generator), cond
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, cell: int) -> None:
+    """Let the n-th layer call from now on fail for want of memory."""
+    calls, layer = itertools.count(1), InfDiT.layer
+
+    def fail(model, *args):
+        if next(calls) == cell:
+            raise torch.OutOfMemoryError("injected")
+        return layer(model, *args)
+
+    monkeypatch.setattr(InfDiT, "layer", fail)
+
+
 def save_bf16_run(path: Path) -> None:
     """The file that a bf16 run of the release saves: all keys, rotary tables too, in bf16."""
     state = {k: v.bfloat16() for k, v in golden("xs/model.safetensors").items()}
@@ -98,6 +111,15 @@ def random_tensors(config: InfDiTConfig, seed: int = 0) -> dict[str, torch.Tenso
         offset = one if key.endswith("weight") else 0.0
         tensors[key] = offset + scale * torch.randn(shape, generator=generator)
     return tensors
+
+
+def random_model(config: InfDiTConfig, std: float) -> InfDiT:
+    """A network whose weights are all normal, without a meaning."""
+    model = InfDiT(config, device="meta").to_empty(device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(std=std, generator=generator)
+    return model
 
 
 TINY = InfDiTConfig(

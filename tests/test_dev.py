@@ -2,14 +2,13 @@
 
 import io
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tools import comfy_server, environment
 from tools.comfy_server import PACK_FOLDER, ComfyError, child_environment, free_port, make_base
@@ -26,21 +25,6 @@ from tools.environment import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def png(width: int, height: int) -> bytes:
-    """A grey PNG file."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    rows = zlib.compress(b"".join(b"\0" + b"\x80" * width for _ in range(height)))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
-
-
 def archive(path: Path, files: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w:gz") as tar:
         for name, data in files.items():
@@ -52,7 +36,7 @@ def archive(path: Path, files: dict[str, bytes]) -> Path:
 
 def test_png_size(tmp_path: Path):
     path = tmp_path / "a.png"
-    path.write_bytes(png(75, 141))
+    Image.new("L", (75, 141)).save(path)
     assert png_size(path) == (75, 141)
 
 

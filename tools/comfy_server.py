@@ -57,11 +57,25 @@ def free_port(preferred: int = 0) -> int:
     raise ComfyError(f"Expected a free port on {_HOST}; the system gave none.")
 
 
-def make_base(base: Path) -> Path:
-    """A folder for `--base-directory` whose custom_nodes hold this pack and nothing else."""
+def make_base(base: Path, comfyui: Path | None = None) -> Path:
+    """A folder for `--base-directory` whose custom_nodes hold this pack and nothing else.
+
+    With `comfyui`, the source folder, its input holds the pictures of the example workflows:
+    ComfyUI's own `example.png`, which every installation has, and our photograph.
+    """
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     _link(ROOT, base / "custom_nodes" / PACK_FOLDER)
+    if comfyui is not None:
+        photo = ROOT / "examples" / "demo_photo.png"
+        (base / "input" / "photos").mkdir(exist_ok=True)
+        for source, name in (
+            (comfyui / "input" / "example.png", "example.png"),
+            (photo, photo.name),
+            (photo, f"photos/{photo.name}"),
+        ):
+            if not (target := base / "input" / name).exists():
+                shutil.copyfile(source, target)
     return base
 
 

@@ -126,7 +126,7 @@ def test(made: Environment, extra: list[str]) -> int:
 def comfyui(made: Environment, extra: list[str]) -> int:
     """Start the interface with this pack; its models, input and workflows stay between calls."""
     checkout = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
-    base = make_base(cache_dir() / "base" / checkout)
+    base = make_base(cache_dir() / "base" / checkout, made.comfyui)
     command = server_command(made.python, made.comfyui, base, free_port(_COMFYUI_PORT))
     command += [*device_arguments(made), *extra]
     print(f"Models, input and output are under {base}", flush=True)

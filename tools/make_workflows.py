@@ -1,9 +1,9 @@
 """Make the example workflows from their API copies: python -m tools.make_workflows [TITLE ...]
 
 The graphs are those of tests/workflows; the real interface loads each, this lays its nodes out in
-columns, adds the note, and writes what the interface would save, so that an example always has the
-widgets of the present schemas. To add one: its graph into tests/workflows, a line into
-`EXAMPLES_OF`.
+the rows of `EXAMPLES_OF`, adds the note, and writes what the interface would save, so that an
+example always has the widgets of the present schemas. To add one: its graph into tests/workflows,
+an entry into `EXAMPLES_OF`, a detail of a photograph into `tools/thumbnails.py`.
 Set INFDIT_COMFYUI to a ComfyUI's source folder.
 """
 
@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import uuid
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,21 +23,62 @@ from tools.browser import CHECKPOINT, EXAMPLES, ROOT, interface
 SUBGRAPHS = ROOT / "subgraphs"
 BLUEPRINT = "Inf-DiT 4x"
 API = ROOT / "tests" / "workflows"
+ESRGAN = "RealESRGAN_x4plus.safetensors"
+ESRGAN_URL = "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/main/" + ESRGAN
 SDXL_URL = (
     "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + CHECKPOINT
 )
 CORE_VERSION = "0.30.0"
 OWN_PREFIXES = ("InfDiT", "HiDiffusion")
-COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 80, 50, 40
-WIDTH, PREVIEW_HEIGHT = 340, 360
-PREVIEWS = ("LoadImage", "SaveImage", "ImageCompare")
+MAX_WIDTH = 1700
+"""px; a wider graph opens so small that the interface draws no text."""
+SCREEN = 1700, 860
+"""px of the canvas that an example fills when it is opened, on a screen of 1800x1000."""
+SCALES = 0.65, 1.0
+WIDTH, GAP, TITLE_HEIGHT, GROUP_TITLE = 300, 50, 40, 50
+ROOM = {
+    "LoadImage": 30,
+    "ImageCropV2": 320,
+    "SaveImage": 330,
+    "PreviewImage": 330,
+    "InfDiTSampler": 260,
+    "InfDiTUpscaleFolder": 260,
+    "KSampler": 200,
+}
+"""px below the widgets of a node for the picture that it shows during or after a run."""
+STYLES = 40
+"""px that any other node may be higher in Nodes 2.0 than in classic nodes."""
+SHORT = {"CheckpointLoaderSimple": 100, "LoadImageDataSetFromFolder": 60}
+"""Heights of nodes that claim far more than they use."""
 NOTE = "MarkdownNote"
+NOTE_HEIGHT = 500
 
-_MODEL_NOTE = (
-    "`infdit_small.safetensors` comes with the pack and shows the method. The authors' released"
-    " model gives far better pictures: put it into `models/infdit` and choose it in Load Inf-DiT"
-    " Checkpoint."
-)
+_MODEL_NOTE = """
+
+---
+**The model**
+
+`infdit_small.safetensors` comes with the pack: small, for a first look. The authors' model makes \
+far better pictures. The README of \
+[github.com/THUDM/Inf-DiT](https://github.com/THUDM/Inf-DiT) links its file, \
+`mp_rank_00_model_states.pt`, about 2.5 GB. Put it here as it is, press `R`, and choose it in \
+*Load Inf-DiT Checkpoint*:
+
+```
+ComfyUI/
+└ models/
+  └ infdit/
+    └ mp_rank_00_model_states.pt
+```"""
+
+
+class Row(NamedTuple):
+    """Nodes side by side."""
+
+    title: str
+    """Of the group around them; none around them if empty."""
+    columns: tuple[tuple[str, ...], ...]
+    """Ids in the graph from top to bottom, column by column; `NOTE` is the note."""
 
 
 class Example(NamedTuple):
@@ -45,48 +87,100 @@ class Example(NamedTuple):
     graph: str
     """Name in tests/workflows, without `.json`."""
     note: str
+    rows: tuple[Row, ...]
+    titles: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    """Names of nodes that say more than their own."""
 
 
+_BYPASS = (
+    " To stay quick, *Crop Image* cuts out a detail. Move its frame, or type `x` and `y`; to"
+    " upscale the whole picture, select the node and press `Ctrl+B`."
+)
+START = "Inf-DiT upscale (start here)"
 EXAMPLES_OF = {
-    "Upscale a picture": Example(
-        "upscale_picture",
-        "**Two nodes to a result.**\n\nChoose a picture and press Run. `upscale_by` takes any"
-        " number from 1 to 8; *fast* and *draft* save time.\n\n" + _MODEL_NOTE,
+    START: Example(
+        "start_here",
+        "**Choose a picture and press Run.**\n\n" + _BYPASS.strip() + "\n\n`upscale_by` takes any"
+        " number from 1 to 8. `denoise` 0.3 keeps what is there and sharpens it, 1 invents most.",
+        (Row("", (("1",), ("5", "2"), ("3",), ("4",), (NOTE,))),),
+        {"5": "Crop Image: Ctrl+B for the whole picture"},
     ),
     "SDXL to 4K": Example(
         "sdxl_4k",
-        "**SDXL draws 1024×1024, Inf-DiT makes 4096×4096 of it.**\n\n" + _MODEL_NOTE,
+        "**SDXL draws 1024×1024, Inf-DiT makes 4096×4096 of it.**\n\nFor a quick look set `preset`"
+        " to *draft* or `upscale_by` to 2.",
+        (
+            Row("1 Draw", (("1", "4"), ("2", "3"), ("5",), ("6",))),
+            Row("2 Upscale", ((NOTE,), ("7",), ("8",), ("9",))),
+        ),
     ),
     "SDXL to 8K in two passes": Example(
         "sdxl_8k_two_passes",
         "**1024 → 4096 → 8192.**\n\nThe second pass sees the result of the first. To start from a"
-        " base of 2048, see *SDXL 2048 with HiDiffusion, then Inf-DiT to 8K*.\n\n" + _MODEL_NOTE,
+        " base of 2048, see *SDXL 2048 with HiDiffusion, then Inf-DiT to 8K*.",
+        (
+            Row("1 Draw", ((NOTE,), ("1", "4"), ("2", "3"), ("5", "6"))),
+            Row("2 Upscale", (("7", "8"), ("9",), ("10",), ("11",))),
+        ),
     ),
     "SDXL 2048 with HiDiffusion, then Inf-DiT to 8K": Example(
         "sdxl_hidiffusion_8k",
         "**SDXL draws 2048×2048 in one pass, Inf-DiT makes 8192×8192 of it.**\n\nHiDiffusion in"
-        " *auto* finds the right steps for SDXL; SD 1.5 works, too, at 1024×1024. Take a sampler"
+        " *auto* finds the right steps for SDXL; SD 1.5 works too, at 1024×1024. Take a sampler"
         " that adds noise, such as euler_ancestral, and 20 to 50 steps. 8192×8192 takes its time:"
-        " `upscale_by` 2 gives 4096×4096, the preset *fast* takes a third of the evaluations."
-        "\n\n" + _MODEL_NOTE,
+        " `upscale_by` 2 gives 4096×4096, the preset *fast* takes a third of the evaluations.",
+        (
+            Row("1 Draw", (("1", "5", "7"), ("2", "3"), ("4",), ("6",))),
+            Row("2 Upscale", ((NOTE,), ("8", "9"), ("10",), ("11",))),
+        ),
     ),
     "Upscale a folder": Example(
         "upscale_folder",
         "**Every picture of a folder.**\n\nMake a folder in ComfyUI's `input` folder, put pictures"
         " into it, reload the page, and choose it here. They may differ in size: they are upscaled"
-        " one after the other.\n\n" + _MODEL_NOTE,
+        " one after the other.",
+        (Row("", (("1", "2"), ("3",), ("4",), (NOTE,))),),
     ),
     "Advanced sampling with KSampler": Example(
         "advanced_ksampler",
         "**Any core sampler.**\n\n`heun`, `karras`, 20 steps and cfg 1 are the authors' choice and"
         " give the same picture as Inf-DiT Upscale. Keep cfg at 1; guidance by text comes from"
-        " Inf-DiT CLIP Guidance.\n\n" + _MODEL_NOTE,
+        " Inf-DiT CLIP Guidance." + "\n\n" + _BYPASS.strip(),
+        (
+            Row("1 Prepare", (("1",), ("7",), ("2", "3"), (NOTE,))),
+            Row("2 Sample", (("4",), ("5",), ("6",))),
+        ),
     ),
     "Before and after": Example(
         "before_after",
-        "**Inf-DiT beside bicubic enlargement.**\n\nBoth are saved side by side. Compare Images"
-        " shows them under a slider where *Nodes 2.0* are switched on in the settings.\n\n"
-        + _MODEL_NOTE,
+        "**Inf-DiT beside bicubic enlargement.**\n\nThe picture that is saved shows bicubic on the"
+        " left and Inf-DiT on the right." + _BYPASS + "\n\nWith *Nodes 2.0* switched on in the"
+        " settings, core's *Compare Images* shows the two under a slider.",
+        (Row("", (("1", NOTE), ("5", "2"), ("3", "4"), ("6", "7"))),),
+        {"4": "Bicubic, for the left side", "7": "Left: bicubic. Right: Inf-DiT"},
+    ),
+    "Which setting": Example(
+        "which_setting",
+        "**One detail, three settings.**\n\nFrom left to right: little noise keeps what is there;"
+        " *fast* invents; *exact* is the authors' solver. Move the frame of *Crop Image* to a"
+        " detail that matters to you, run, and take the setting that you like best.",
+        (Row("", (("1", "2"), ("3", NOTE), ("4", "5"), ("6", "7"), ("8", "9"))),),
+        {
+            "4": "fast, denoise 0.4: 5 evaluations",
+            "5": "fast, denoise 0.4",
+            "6": "fast: 12 evaluations",
+            "7": "fast",
+            "8": "exact: 39 evaluations",
+            "9": "exact",
+        },
+    ),
+    "Refine another upscaler's picture": Example(
+        "refine_picture",
+        "**Another upscaler first, Inf-DiT after it.**\n\nAny model of *Load Upscale Model*, such"
+        " as an ESRGAN, makes the first picture. It is `start_image`; `denoise` says how much of it"
+        " is drawn anew: 0.2 keeps most, 0.6 little." + _BYPASS,
+        (Row("", (("1", "2"), ("3", "4", "5"), ("6", "7"), ("8", NOTE))),),
+        {"5": "The other upscaler's picture", "8": "Refined by Inf-DiT"},
     ),
 }
 
@@ -96,7 +190,7 @@ def main() -> None:
     with interface() as (_, page):
         if BLUEPRINT in titles:
             titles.remove(BLUEPRINT)
-            graph = json.loads((API / "upscale_picture.json").read_text())
+            graph = json.loads((API / f"{EXAMPLES_OF[START].graph}.json").read_text())
             SUBGRAPHS.mkdir(exist_ok=True)
             write(SUBGRAPHS / f"{BLUEPRINT}.json", BLUEPRINT, blueprint(page, graph))
         for title in titles:
@@ -107,83 +201,111 @@ def main() -> None:
                     node["inputs"]["image"] = "example.png"  # which every ComfyUI has
             page.evaluate("graph => app.loadApiJson(graph, 'example')", graph)
             page.wait_for_timeout(2000)
-            sizes = page.evaluate(
-                "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, n.computeSize()]))"
+            needed: dict[str, float] = page.evaluate(
+                "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, n.computeSize()[1]]))"
             )
-            positions = layout(graph, {k: size[1] for k, size in sizes.items()})
-            saved = page.evaluate(_PLACE, [positions, note_place(positions, example.note)])
+            kinds: dict[str, str] = {key: node["class_type"] for key, node in graph.items()}
+            heights: dict[str, float] = {
+                key: SHORT.get(kinds[key], height) + ROOM.get(kinds[key], STYLES)
+                for key, height in needed.items()
+            }
+            heights[NOTE] = NOTE_HEIGHT
+            places, groups = layout(example.rows, heights)
+            assert places.keys() == graph.keys() | {NOTE}, (title, places.keys())
+            saved = page.evaluate(
+                _PLACE, [places, groups, example.note + _MODEL_NOTE, example.titles]
+            )
+            saved.setdefault("extra", {})["ds"] = view(places)
             write(EXAMPLES / f"{title}.json", title, saved)
+
+
+EXPOSED = {
+    "InfDiTCheckpointLoader": ["model_name"],
+    "InfDiTSampler": ["upscale_by", "preset", "denoise", "seed", "$$canvas-image-preview"],
+}
+"""Widgets of the inner nodes that stand on the blueprint; the last is the inner preview."""
 
 
 def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
     """The loader and the upscaler of a graph as one node, as the interface would publish it."""
     page.evaluate("graph => app.loadApiJson(graph, 'blueprint')", graph)
     page.wait_for_timeout(2000)
-    return page.evaluate(
+    saved = page.evaluate(
         """([name, prefix]) => {
           const own = app.graph._nodes.filter(n => n.type.startsWith(prefix));
+          const upscale = own.find(n => n.type === 'InfDiTSampler');
+          // A link from each output to be published
+          const mask = LiteGraph.createNode('MaskPreview');
+          app.graph.add(mask);
+          upscale.connect(1, mask, 0);
           const { node } = app.graph.convertToSubgraph(new Set(own));
           node.title = node.subgraph.name = name;
           for (const other of [...app.graph._nodes]) if (other !== node) app.graph.remove(other);
           node.pos = [0, 0];
-          return app.graph.serialize();
-        }""",
+          node.size = [WIDTH, 560];
+          return JSON.parse(JSON.stringify(app.graph.serialize()));
+        }""".replace("WIDTH", str(WIDTH)),
         [BLUEPRINT, OWN_PREFIXES[0]],
     )
+    (inner,) = saved["definitions"]["subgraphs"]
+    inner["description"] = "Upscales pictures of any size with Inf-DiT: loader and upscaler in one."
+    inner["category"] = "Inf-DiT"
+    ids = {node["type"]: str(node["id"]) for node in inner["nodes"]}
+    saved["nodes"][0]["properties"]["proxyWidgets"] = [
+        [ids[kind], name] for kind, names in EXPOSED.items() for name in names
+    ]
+    saved["nodes"][0]["widgets_values"] = []
+    return saved
 
 
-def layout(graph: dict[str, Any], heights: dict[str, float]) -> dict[str, list[float]]:
-    """Columns from inputs to results: x, y, width and height of each node by its id."""
-    depths: dict[str, int] = {}
-
-    def depth(key: str) -> int:
-        if key not in depths:
-            sources = [v[0] for v in graph[key]["inputs"].values() if isinstance(v, list)]
-            depths[key] = 1 + max(map(depth, sources), default=-1)
-        return depths[key]
-
-    for key in graph:
-        depth(key)
-    for key in graph:  # loaders stand beside what uses them, not in the first column
-        uses = [depths[k] for k, n in graph.items() if any(
-            isinstance(v, list) and v[0] == key for v in n["inputs"].values()
-        )]  # fmt: skip
-        if depths[key] == 0 and uses:
-            depths[key] = min(uses) - 1
-    bottoms: dict[int, float] = {}
-    places = {}
-    for key, node in graph.items():
-        column = depths[key]
-        height = heights[key]
-        if node["class_type"] in PREVIEWS:
-            height = max(height, PREVIEW_HEIGHT)
-        y = bottoms.get(column, 0.0)
-        places[key] = [column * (WIDTH + COLUMN_GAP), y, WIDTH, height]
-        bottoms[column] = y + height + TITLE_HEIGHT + ROW_GAP
-    return places
+def layout(
+    rows: tuple[Row, ...], heights: Mapping[str, float]
+) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+    """x, y, width and height of each node by its id, and the groups around the rows."""
+    places, groups, top = {}, [], 0.0
+    for row in rows:
+        start = top + (GROUP_TITLE if row.title else 0) + TITLE_HEIGHT
+        bottom = start
+        for column, keys in enumerate(row.columns):
+            y = start
+            for key in keys:
+                places[key] = [column * (WIDTH + GAP), y, WIDTH, heights[key]]
+                y += heights[key] + TITLE_HEIGHT + GAP / 2
+            bottom = max(bottom, y - TITLE_HEIGHT - GAP / 2)
+        if row.title:
+            width = len(row.columns) * (WIDTH + GAP)
+            box = [-GAP / 2, top, width, bottom + GAP / 2 - top]
+            groups.append({"title": row.title, "bounding": box, "color": "#3f789e"})
+        top = bottom + GAP
+    return places, groups
 
 
-def note_place(places: dict[str, list[float]], text: str) -> list[Any]:
-    """Under the first column: x, y, width, height and the text."""
-    bottom = max(y + height for x, y, _, height in places.values() if x == 0)
-    return [0, bottom + TITLE_HEIGHT + ROW_GAP, WIDTH, 120 + len(text) / 2.2, text]
+def view(places: dict[str, list[float]]) -> dict[str, Any]:
+    """Scale and offset that show all of it, and text that can be read in any case."""
+    left, top = (min(place[i] for place in places.values()) for i in (0, 1))
+    right, bottom = (max(place[i] + place[i + 2] for place in places.values()) for i in (0, 1))
+    assert right - left <= MAX_WIDTH, right - left
+    fit = min(SCREEN[0] / (right - left + 2 * GAP), SCREEN[1] / (bottom - top + 3 * GAP))
+    scale = min(max(fit, SCALES[0]), SCALES[1])
+    # The menu at the left and the bars above cover 60 and 90 px
+    return {"scale": scale, "offset": [60 / scale + GAP - left, 90 / scale + 2 * GAP - top]}
 
 
-_PLACE = """([places, note]) => {
+_PLACE = """([places, groups, note, titles]) => {
+  const text = LiteGraph.createNode('MarkdownNote');
+  app.graph.add(text);
+  text.widgets[0].value = note;
   for (const node of app.graph._nodes) {
-    const [x, y, width, height] = places[String(node.id)];
+    const [x, y, width, height] = places[node === text ? 'MarkdownNote' : String(node.id)];
     node.pos = [x, y];
     node.size = [width, height];
-  }
-  for (const node of app.graph._nodes)
+    node.title = titles[String(node.id)] ?? node.title;
     for (const widget of node.widgets ?? [])
       if (widget.name === 'control_after_generate') widget.value = 'fixed';
-  const text = LiteGraph.createNode('MarkdownNote');
-  text.pos = [note[0], note[1]];
-  text.size = [note[2], note[3]];
-  app.graph.add(text);
-  text.widgets[0].value = note[4];
-  return app.graph.serialize();
+  }
+  const saved = JSON.parse(JSON.stringify(app.graph.serialize()));  // without what is undefined
+  saved.groups = groups.map((g, i) => ({ id: i + 1, font_size: 24, flags: {}, ...g }));
+  return saved;
 }"""
 
 
@@ -197,7 +319,8 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
         own = node["type"].startswith(OWN_PREFIXES)
         node["pos"], node["size"] = ([round(v) for v in node[k]] for k in ("pos", "size"))
         if node["type"] == NOTE or "-" in node["type"]:  # a subgraph's type is its UUID
-            node["properties"] = {}
+            kept = node.get("properties", {}).get("proxyWidgets")
+            node["properties"] = {"proxyWidgets": kept} if kept else {}
             continue
         node["properties"] = {
             "cnr_id": "comfyui-infdit" if own else "comfy-core",
@@ -208,7 +331,10 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
             node["properties"]["models"] = [
                 {"name": CHECKPOINT, "url": SDXL_URL, "directory": "checkpoints"}
             ]
-    workflow.setdefault("extra", {}).pop("ds", None)
+        if node["type"] == "UpscaleModelLoader":
+            node["properties"]["models"] = [
+                {"name": ESRGAN, "url": ESRGAN_URL, "directory": "upscale_models"}
+            ]
     path.write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -25,6 +25,8 @@ from ..network.fp8 import use_fp8
 from ..network.model import InfDiT
 from ..pictures.files import check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
+from ..pictures.start import check_start
+from ..pictures.wrap import check_wrap
 from ..sampling import Preset, find_preset
 from ..upscale import Sampler, upscale
 from .jobs import CommandError, is_disk_full, plan_jobs, summary
@@ -39,6 +41,9 @@ def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that fails, and leave alone what is there already."""
     _check_schedule(args)
     jobs = plan_jobs(args.input, args.output, args.format, args.overwrite)
+    check_wrap(args.wrap, args.colour_fix)
+    if args.start and not jobs.single:
+        raise UsageError("--start goes with a single picture")
     for target in jobs.finished:
         _say(f"{target} is there already; --overwrite replaces it")
     if not jobs.todo:
@@ -100,6 +105,10 @@ def _upscale_picture(
     check_writable(target, alpha=image.shape[-1] == 4, bit_depth=args.bit_depth)
     height, width = image.shape[1:3]
     size = target_size((height, width), args.scale, args.size)
+    start = None
+    if args.start:
+        start, _ = read_image(args.start)
+        check_start(start, 1, size)
     vectors = None
     if guide:
         vectors = guide.guide(image, args.positive, args.negative, args.text_strength)
@@ -127,6 +136,8 @@ def _upscale_picture(
             vectors=vectors,
             colour_fix=args.colour_fix,
             consistency=args.consistency,
+            start=start,
+            wrap=args.wrap,
         )
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
     _say(

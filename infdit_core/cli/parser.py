@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoints.load import BUNDLED_FOLDER
 from ..network.config import DTYPES
 from ..pictures.colour_fix import COLOUR_FIXES
+from ..pictures.wrap import WRAPS
 from ..sampling import AUTO, PRESETS, SOLVERS
 from .commands import convert_file, inspect, plan_table, upscale_files
 
@@ -80,7 +81,11 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         default=4.0,
         help="how many times wider and higher, above 4 in several passes (default: %(default)g)",
     )
-    target.add_argument("--size", type=_positive, help="the longer side in pixels, instead")
+    target.add_argument(
+        "--size",
+        type=_positive,
+        help="the longer side in pixels, instead; never less than the picture's own",
+    )
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -111,6 +116,19 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         type=_count,
         help="correct the result so many times that, reduced again, it equals the picture"
         " (default: what the preset asks for, mostly 0)",
+    )
+    sampling.add_argument(
+        "--start",
+        type=Path,
+        help="another upscaler's picture of the one input, to start from in place of the enlarged"
+        " input; --denoise says how much of it is drawn again",
+    )
+    sampling.add_argument(
+        "--wrap",
+        choices=WRAPS,
+        default="none",
+        help="edges where the pictures go on around: left and right of a 360 degree panorama, or"
+        " all of a seamless texture (default: %(default)s)",
     )
     sampling.add_argument(
         "--colour-fix",

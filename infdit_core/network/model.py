@@ -188,7 +188,7 @@ class InfDiT(nn.Module):
         height, width = x.shape[-2:]
         if height < 1 or width < 1 or height % side or width % side:
             raise InfDiTError(
-                f"expected sides that are multiples of {side} px, got {height}×{width}"
+                f"expected sides that are multiples of {side} px, got {width}×{height}"
             )
         return Grid(height // side, width // side)
 

@@ -97,6 +97,15 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     return torch.from_numpy(values)[None], info
 
 
+def picture_size(path: str | Path) -> tuple[int, int] | None:
+    """(height, width) of a picture as its file's head says, or None where that cannot be read."""
+    try:
+        with Image.open(path, formats=_READ_BY_PILLOW) as image:
+            return image.height, image.width
+    except (Image.DecompressionBombError, MemoryError, *_DAMAGE):
+        return None
+
+
 def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
     """Refuse what `write_image` could not write, before any work is done.
 

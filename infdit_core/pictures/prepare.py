@@ -7,7 +7,9 @@ there cannot disturb more than the blocks it lies in.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +20,32 @@ from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE
 
+logger = logging.getLogger(__name__)
+
 MAX_SHRINK = 4
 """A smaller result would need more padding than picture."""
 
 
 class PreparationError(InfDiTError):
     """The picture or the size asked for cannot be worked on."""
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """Where each row and column of a canvas has its pixels from."""
+
+    rows: Tensor | None
+    """(H,) numbers of rows of the canvas; None leaves rows as they are."""
+    columns: Tensor | None
+    """(W,), as rows."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A (..., H, W) with the margins as the picture has them."""
+        if self.rows is not None:
+            x = x.index_select(-2, self.rows.to(x.device))
+        if self.columns is not None:
+            x = x.index_select(-1, self.columns.to(x.device))
+        return x
 
 
 @dataclass
@@ -43,15 +65,42 @@ class Canvas:
     """(B, height, width, 1) float32 in 0..1, if the picture had alpha."""
     vector: Tensor | None = None
     """(B, vector_size) CLIP embedding, for models that take one."""
+    start: Tensor | None = None
+    """(B, 3, H, W) float32 in [-1, 1]: what sampling starts from in place of `concat`."""
+    top: int = 0
+    left: int = 0
+    """Where the target lies on the canvas, in pixels."""
+    wrap: Wrap | None = None
+    """What the margins repeat, of a picture that goes on around."""
+    mask: Tensor | None = None
+    """(B, 1, H, W) in 0..1: 1 is drawn, 0 keeps `first`."""
+    noise_size: tuple[int, int] | None = None
+    """(height, width) that noise is drawn for, of which a part of a canvas takes the top left."""
+
+    @property
+    def first(self) -> Tensor:
+        """(B, 3, H, W): the picture that sampling starts from, without noise."""
+        return self.concat if self.start is None else self.start
 
     @property
     def scale(self) -> float:
         """How many times higher or wider the target is than the picture: the larger of both."""
         return max(self.height / self.source.shape[1], self.width / self.source.shape[2])
 
-    def source_pixels(self) -> Tensor:
-        """The picture itself as (B, 3, h, w) float32 in [-1, 1], without alpha."""
-        return _pixels(self.source)[:, :3].expand(-1, 3, -1, -1) * 2 - 1
+    def source_pixels(self, reach: int = 0) -> tuple[Tensor, tuple[int, int]]:
+        """The picture itself as (B, 3, h, w) float32 in [-1, 1], without alpha.
+
+        Where it goes on around, `reach` pixels of the other side continue it; how many there are
+        above and below, left and right, is the second value.
+        """
+        source = _pixels(self.source)[:, :3].expand(-1, 3, -1, -1) * 2 - 1
+        sides = (-2, self.wrap and self.wrap.rows), (-1, self.wrap and self.wrap.columns)
+        extended = [0 if around is None else reach for _, around in sides]
+        for (dim, _), pixels in zip(sides, extended, strict=True):
+            length = source.shape[dim]
+            index = torch.arange(-pixels, length + pixels, device=source.device) % length
+            source = source.index_select(dim, index) if pixels else source
+        return source, (extended[0], extended[1])
 
     def consistent(self, x: Tensor, times: int) -> Tensor:
         """A sampled (B, 3, H, W) that, reduced again, comes nearer to the LR picture.
@@ -64,9 +113,20 @@ class Canvas:
             x = x + _resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
         return x
 
+    def noise(self, drawn: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """Noise like `concat`, from what draws it by its shape."""
+        height, width = self.concat.shape[-2:]
+        shape = (*self.concat.shape[:2], *(self.noise_size or (height, width)))
+        return drawn(shape)[..., :height, :width]
+
     def condition(self, vector: Tensor | None = None) -> Condition:
         """The condition for the denoiser, with a CLIP embedding (B, vector_size) or without."""
         return Condition(self.concat, self.lr, self.vector if vector is None else vector)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """The target of (..., H, W) on the canvas: (..., height, width)."""
+        rows = slice(self.top, self.top + self.height)
+        return x[..., rows, self.left : self.left + self.width]
 
     def finish(self, x: Tensor) -> Tensor:
         """A sampled (B, 3, H, W) as a picture (B, height, width, 3, or 4 with alpha) in 0..1.
@@ -79,8 +139,7 @@ class Canvas:
                 "expected finite pixels from the network; got NaN or infinity."
                 " Take bf16 or fp32 for its weights, or another sampler"
             )
-        x = x[..., : self.height, : self.width].float().clamp(-1, 1)
-        image = ((x + 1) / 2).permute(0, 2, 3, 1)
+        image = ((self.crop(x).float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
         if self.alpha is None:
             return image.contiguous()
         return torch.cat([image, self.alpha.to(image)], dim=-1)
@@ -108,13 +167,7 @@ def prepare(
     source_size = image.shape[1], image.shape[2]
     if size is None:
         size = target_size(source_size, upscale_by)
-    if min(size) < 1:
-        raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
-    if any(target < side // MAX_SHRINK for target, side in zip(size, source_size, strict=True)):
-        raise PreparationError(
-            f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
-            f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
-        )
+    check_sizes(image, size)
 
     pixels = _pixels(image)
     alpha = None
@@ -148,18 +201,43 @@ def pass_sizes(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[i
 
 
 def target_size(
-    source: tuple[int, int], upscale_by: float, longest_edge: int | None = None
+    source: tuple[int, int],
+    upscale_by: float,
+    longest_edge: int | None = None,
+    *,
+    megapixels: float | None = None,
+    within: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """(height, width) of a picture `upscale_by` times as wide and high, in whole pixels.
 
     Args:
         longest_edge: the longer side of the result in pixels, instead of the factor.
+        megapixels: of the result, 1024 x 1024 pixels each; instead of the factor.
+        within: (height, width) that the result just fits into, instead of the factor.
+
+    What is asked for instead of the factor never makes a picture smaller: its own size is the
+    least, with a warning.
 
     Raises:
         PreparationError: the factor is not above 0.
     """
+    asked = None
     if longest_edge:
-        upscale_by = longest_edge / max(source)
+        asked, upscale_by = f"longest edge {longest_edge} px", longest_edge / max(source)
+    elif megapixels:
+        asked = f"{megapixels:g} megapixels"
+        upscale_by = math.sqrt(megapixels * 1024**2 / math.prod(source))
+    elif within:
+        asked = f"to fit into {within[1]}×{within[0]} px"
+        upscale_by = min(side / own for side, own in zip(within, source, strict=True))
+    if asked and upscale_by < 1:
+        logger.warning(
+            "Inf-DiT: %s would shrink the picture; it keeps its %d×%d px",
+            asked,
+            source[1],
+            source[0],
+        )
+        upscale_by = 1.0
     if not (math.isfinite(upscale_by) and upscale_by > 0):
         raise PreparationError(f"expected a factor above 0, got {upscale_by}")
     height, width = (max(1, round(side * upscale_by)) for side in source)
@@ -183,6 +261,18 @@ def check_image(image: Tensor) -> None:
         raise PreparationError(f"expected floating point pixels in 0..1, got {image.dtype}")
     if not torch.isfinite(image).all():
         raise PreparationError("expected finite pixels in 0..1, got NaN or infinity among them")
+
+
+def check_sizes(image: Tensor, size: tuple[int, int]) -> None:
+    """Raise PreparationError unless a picture can be made (height, width) of `size` at once."""
+    source_size = image.shape[1], image.shape[2]
+    if min(size) < 1:
+        raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
+    if any(target < side // MAX_SHRINK for target, side in zip(size, source_size, strict=True)):
+        raise PreparationError(
+            f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
+            f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
+        )
 
 
 def _reach(target: int, padded: int, scale: float) -> int:

@@ -55,6 +55,7 @@ class HiDiffusion(io.ComfyNode):
                     "rau_net",
                     options=[mode.value for mode in Mode],
                     default=Mode.AUTO.value,
+                    advanced=True,
                     tooltip="How features are shrunk in the first steps so that the composition"
                     " stays whole. Auto does as the authors and leaves pictures of native size"
                     " alone; normal and aggressive act at every size. Aggressive holds objects"
@@ -74,6 +75,7 @@ class HiDiffusion(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="Custom preset only: the part of the steps, 0 to 1, until which SDXL's"
                     " features are pooled, or SD1.5's first down-sampler is dilated. More gives"
                     " fewer doubled objects and softer detail.",
@@ -84,6 +86,7 @@ class HiDiffusion(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="Custom preset only: the part of the steps, 0 to 1, until which the"
                     " second shrinking is on as well, for pictures of four times the native side;"
                     " the authors use 0.3 there. SDXL uses it in normal mode only.",
@@ -94,6 +97,7 @@ class HiDiffusion(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="Custom preset with aggressive RAU-Net on SDXL only: the part of the"
                     " steps, 0 to 1, in which the down-sampler is dilated before pooling takes over"
                     " until t1.",
@@ -104,6 +108,7 @@ class HiDiffusion(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=False,
+                    advanced=True,
                     tooltip="Chooses how the attention windows are shifted. It is independent of"
                     " the sampler's seed: the noise stays the same.",
                 ),
@@ -111,6 +116,7 @@ class HiDiffusion(io.ComfyNode):
                     "timing",
                     options=[_STEPS, _SIGMA],
                     default=_STEPS,
+                    advanced=True,
                     tooltip="What the parts above are parts of. Sampler steps is the authors' way;"
                     " sampling that is split over several nodes is timed by noise level all the"
                     " same. Sigma percent counts along the model's noise levels, as start_percent"

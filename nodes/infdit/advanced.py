@@ -8,9 +8,9 @@ from comfy_api.latest import io
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.host import require_memory
 from ...infdit_core.pictures.colour_fix import fix_colours
-from ...infdit_core.pictures.prepare import Canvas, prepare, target_size
+from ...infdit_core.pictures.prepare import Canvas, prepare
 from ..common import CATEGORY, CanvasType, named_errors, require
-from .comfy_model import conditioning_of, with_prior
+from .comfy_model import conditioning_of, size_of, with_prior
 from .inputs import (
     check_inputs,
     colour_fix_input,
@@ -18,7 +18,11 @@ from .inputs import (
     picture_inputs,
     picture_output,
     picture_outputs,
+    result_size,
+    same_noise_input,
+    size_inputs,
 )
+from .patches import warn_of_patches
 
 
 class InfDiTConditioning(io.ComfyNode):
@@ -33,6 +37,8 @@ class InfDiTConditioning(io.ComfyNode):
             inputs=[
                 *picture_inputs("The model was trained for 4; chain two samplings for more."),
                 longest_edge_input(),
+                *size_inputs(),
+                same_noise_input(False, "Off, ComfyUI's samplers give each picture its own noise."),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -56,14 +62,24 @@ class InfDiTConditioning(io.ComfyNode):
         upscale_by: float,
         guidance: torch.Tensor | None = None,
         longest_edge: int = 0,
+        size_by: str = "factor or longest edge",
+        megapixels: float = 4.0,
+        width: int = 2048,
+        height: int = 2048,
+        same_noise: bool = False,
     ) -> io.NodeOutput:
         vectors = check_inputs(model, image, guidance)
-        size = target_size((image.shape[1], image.shape[2]), upscale_by, longest_edge)
+        warn_of_patches(model)
+        box = height, width
+        size = result_size(image, upscale_by, longest_edge, size_by, megapixels, box)
         require_memory(size, model.load_device, at_once=image.shape[0])
         canvas = prepare(image, size=size, block_px=model.model.infdit_config.block_px)
         canvas = with_prior(model, canvas)
         concat, conditioning = conditioning_of(canvas.condition(vectors))
-        return io.NodeOutput(conditioning, {"samples": concat}, canvas)
+        latent: dict = {"samples": concat}
+        if same_noise:
+            latent["batch_index"] = [0] * len(concat)  # core draws noise by these
+        return io.NodeOutput(conditioning, latent, canvas)
 
 
 class InfDiTDecode(io.ComfyNode):
@@ -93,10 +109,17 @@ class InfDiTDecode(io.ComfyNode):
         needs_batch = canvas.alpha is not None or colour_fix != "none"
         if x.shape[1:] != expected[1:] or (needs_batch and len(x) != expected[0]):
             raise InfDiTError(
-                f"expected a latent of shape {expected}, from the sampler that"
-                f" this canvas went to; got {tuple(x.shape)}"
+                f"expected the LATENT of the sampler that this canvas's Inf-DiT Conditioning went"
+                f" to, {_describe(canvas.concat)}; got {_describe(x)}"
             )
         picture = canvas.finish(x)
         if colour_fix != "none":
             picture = fix_colours(picture, canvas.source, colour_fix)
         return picture_output(picture)
+
+
+def _describe(x: torch.Tensor) -> str:
+    """The size of a latent for people."""
+    if x.ndim != 4:
+        return f"shape {tuple(x.shape)}"
+    return f"{len(x)} of {size_of(x)} and {x.shape[1]} channels"

@@ -21,6 +21,7 @@ from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
+from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import Adaptive
 from ...infdit_core.memory.planner import Plan, Workload, plans
 from ...infdit_core.network.attention import sdpa
@@ -31,21 +32,24 @@ from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
 from ...infdit_core.pictures.prepare import Canvas
 from ...infdit_core.upscale import with_prior as computed_with_prior
-from ..common import require
+from ..common import named_errors, require
+from .patches import check_patches
 
 CLIP_ATTACHMENT = "infdit_clip"
 """Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
 PROGRESS = "infdit_progress"
 """Key in `transformer_options`: called with (cells done, cells in all) in every evaluation."""
-PLAN = "infdit_plan"
-"""Key in `transformer_options`: called with the `Plan` of every evaluation that is planned here."""
 SCHEDULE = "infdit_schedule"
 """Key in `transformer_options`: the `Schedule` of every evaluation; planned here if absent."""
 MEMORY = "infdit_memory"
 """Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
 REUSE_LAYERS = "infdit_reuse_layers"
 """Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
+WRAP = "infdit_wrap"
+"""Key in `transformer_options`: the `Wrap` of a canvas, which fills the margins; None for none."""
 
+_GUARD = "run"
+"""Key of the model's conditions under which `InfDiTModel` has its `PlannedRun`."""
 _KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
 """Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
 _FP8 = torch.float8_e4m3fn
@@ -78,6 +82,9 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
         supported_dtypes=supported,
         weight_dtype=state_dict["final.linear.weight"].dtype,
     )
+    if fp8 and weight_dtype.itemsize == 1:  # --fp8_e4m3fn-unet: the other weights have no scales
+        cast = comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported)
+        weight_dtype = cast or torch.float32
     model_config = InfDiTModelConfig({"config": config})
     model_config.sampling_settings = InfDiTModelConfig.sampling_settings | {
         "sigma_max": config.sigma_max,
@@ -119,13 +126,55 @@ def require_infdit(model: object) -> None:
     """Raise InfDiTError unless `model` is a MODEL that holds an Inf-DiT."""
     inner = getattr(model, "model", model)
     require(inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
+    if "model_function_wrapper" in getattr(model, "model_options", {}):
+        raise InfDiTError(
+            "expected a model without a wrapper, as Seamless Tiling and tiled diffusion set one:"
+            " they roll or cut the noisy picture and not what Inf-DiT compares it with. Inf-DiT"
+            " Upscale makes no tiles, and has wrap for seamless pictures"
+        )
 
 
 def conditioning_of(cond: Condition) -> tuple[torch.Tensor, list]:
     """The latent to start from and CONDITIONING for `InfDiTModel.extra_conds`."""
     values = {_KEY + name: getattr(cond, name) for name in _CONDITIONS}
-    unused_text = torch.zeros(cond.concat.shape[0], 1, 1)
-    return cond.concat, [[unused_text, values]]
+    # Other models find what they look for first, then the guard, which names the mistake.
+    batch = cond.concat.shape[0]
+    values |= {"pooled_output": torch.zeros(batch, 1280), "model_conds": {_GUARD: _ForOthers()}}
+    return cond.concat, [[torch.zeros(batch, 1, 1), values]]
+
+
+class _ForOthers(comfy.conds.CONDConstant):
+    """In CONDITIONING from here; `InfDiTModel` replaces it, and any other model stumbles on it."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def process_cond(self, batch_size, **kwargs):
+        raise InfDiTError(
+            "Inf-DiT Conditioning: expected its CONDITIONING to be sampled with the model from Load"
+            " Inf-DiT Checkpoint; got another model. Connect that model to the sampler, or a text"
+            " prompt to positive and negative."
+        )
+
+
+def size_of(x: torch.Tensor) -> str:
+    """Width and height of (..., H, W) for people."""
+    return f"{x.shape[-1]}x{x.shape[-2]} px"
+
+
+def require_latent(noise: torch.Tensor, concat: torch.Tensor, start: torch.Tensor | None) -> None:
+    """Refuse noise of a latent that is not of the picture `concat`, and an empty `start`."""
+    where = f"expected the LATENT of Inf-DiT Conditioning, {size_of(concat)}; got"
+    if noise.shape[1:] != concat.shape[1:]:
+        raise InfDiTError(
+            f"{where} one of {size_of(noise)} and {noise.shape[1]} channels. Connect that output to"
+            " the sampler's latent_image: here latents are pictures, and keep their size."
+        )
+    if start is not None and not start.any() and concat.any():
+        raise InfDiTError(
+            f"{where} an empty one. Connect that output to the sampler's latent_image in place of"
+            " Empty Latent Image."
+        )
 
 
 class InfDiTModelConfig(comfy.supported_models_base.BASE):
@@ -172,8 +221,25 @@ class InfDiTModel(comfy.model_base.BaseModel):
     def infdit(self) -> InfDiT:
         return self.diffusion_model.net
 
+    @named_errors("Inf-DiT")
     def extra_conds(self, **kwargs):
-        """The picture's conditions, as `conditioning_of` put them into CONDITIONING."""
+        """The picture's conditions, as `conditioning_of` put them into CONDITIONING.
+
+        Called before the first evaluation, so that what does not fit is refused here.
+        """
+        if self.current_patcher is not None:
+            check_patches(self.current_patcher)
+        if (concat := kwargs.get(_KEY + "concat")) is None:
+            raise InfDiTError(
+                "expected conditioning from the Inf-DiT Conditioning node; got another."
+                " Connect its CONDITIONING to the sampler's positive and negative inputs."
+            )
+        require_latent(kwargs["noise"], concat, kwargs.get("latent_image"))
+        if (area := kwargs.get("area")) is not None and tuple(area) != (*concat.shape[2:], 0, 0):
+            raise InfDiTError(
+                "expected conditioning of the whole picture; got one of an area. Remove"
+                " Conditioning (Set Area): masks (Set Mask) work."
+            )
         out = {}
         for name in _CONDITIONS:
             if (tensor := kwargs.get(_KEY + name)) is not None:
@@ -181,7 +247,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
         run = PlannedRun()
         if self.infdit.prior is not None and "concat" in out:
             run.base = out["concat"].cond.float()
-        out["run"] = comfy.conds.CONDConstant(run)
+        out[_GUARD] = comfy.conds.CONDConstant(run)
         return out
 
     def memory_required(self, input_shape, cond_shapes=None):
@@ -236,10 +302,10 @@ class DiffusionModel(torch.nn.Module):
     ) -> torch.Tensor:
         """F for x (B, 3, H, W) already times c_in and timestep (B,) = ln(sigma)/4."""
         options = transformer_options or {}
-        if "lr" not in conds:
-            raise ValueError(
-                "Inf-DiT: expected conditioning from the Inf-DiT Conditioning node; got another."
-                " Connect its CONDITIONING to the sampler's positive and negative inputs."
+        if x.shape[2:] != conds["concat"].shape[2:]:
+            raise InfDiTError(
+                f"Inf-DiT: expected a whole picture of {size_of(conds['concat'])}; got a part of"
+                f" {size_of(x)}. Something on the model works in tiles or windows: remove it."
             )
         cond = Condition(conds["concat"], conds["lr"], conds.get("vector"))
         run: PlannedRun = conds["run"]
@@ -248,16 +314,15 @@ class DiffusionModel(torch.nn.Module):
             run.cache = ResidualCache(layers, _SAME_SIGMA)
 
         sigma = (4 * timestep).exp()
+        wrap = options.get(WRAP) or (lambda picture: picture)
+        x = wrap(x)
 
         def evaluate(schedule: Schedule) -> torch.Tensor:
-            return self._evaluate(x, sigma, cond, schedule, run)
+            return wrap(self._evaluate(x, sigma, cond, schedule, run))
 
         if (schedule := options.get(SCHEDULE)) is not None:
             return evaluate(schedule)
-        adaptive = run.plan(self.net, x, options.get(MEMORY))
-        if (told := options.get(PLAN)) is not None:
-            told(adaptive.plan)
-        return adaptive.call(evaluate)
+        return run.plan(self.net, x, options.get(MEMORY)).call(evaluate)
 
     def _evaluate(
         self, x: torch.Tensor, sigma: torch.Tensor, cond: Condition, schedule: Schedule, run

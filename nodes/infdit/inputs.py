@@ -7,11 +7,12 @@ from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.pictures.colour_fix import COLOUR_FIXES
-from ...infdit_core.pictures.prepare import check_image
+from ...infdit_core.pictures.prepare import check_image, target_size
 from ..common import Guidance, require
 from .comfy_model import CLIP_ATTACHMENT, require_infdit
 
 _MAX_EDGE_PX = 32768
+_BY_FACTOR, _BY_MEGAPIXELS, _BY_BOX = "factor or longest edge", "megapixels", "width and height"
 
 
 def picture_inputs(above_4: str) -> list:
@@ -31,7 +32,8 @@ def picture_inputs(above_4: str) -> list:
             min=1.0,
             max=8.0,
             step=0.05,
-            tooltip=f"How many times wider and higher the result is. {above_4}",
+            tooltip=f"How many times wider and higher the result is. {above_4} Other ways to say"
+            " the size are among the advanced inputs.",
         ),
     ]
 
@@ -44,8 +46,78 @@ def longest_edge_input() -> io.Int.Input:
         min=0,
         max=_MAX_EDGE_PX,
         optional=True,
+        advanced=True,
         tooltip="Longer side of the result in pixels, in place of upscale_by; the other side"
-        " follows. 0 leaves the size to upscale_by.",
+        " follows. 0 leaves the size to upscale_by. Never makes a picture smaller.",
+    )
+
+
+def size_inputs() -> list:
+    """Other ways to say the size, for `result_size`."""
+    sides = [
+        io.Int.Input(
+            side,
+            default=2048,
+            min=1,
+            max=_MAX_EDGE_PX,
+            optional=True,
+            advanced=True,
+            tooltip=f"With size_by width and height: the result is at most this {what}, in pixels.",
+        )
+        for side, what in (("width", "wide"), ("height", "high"))
+    ]
+    return [
+        io.Combo.Input(
+            "size_by",
+            options=[_BY_FACTOR, _BY_MEGAPIXELS, _BY_BOX],
+            default=_BY_FACTOR,
+            optional=True,
+            advanced=True,
+            tooltip="What decides the size: upscale_by or longest_edge; the megapixels below; or"
+            " the width and height below, which the result just fits into. The picture keeps its"
+            " shape, and is never made smaller.",
+        ),
+        io.Float.Input(
+            "megapixels",
+            default=4.0,
+            min=0.01,
+            max=1024.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="With size_by megapixels: the size of the result, each of 1024 × 1024 pixels,"
+            " as in ComfyUI's own nodes.",
+        ),
+        *sides,
+    ]
+
+
+def result_size(
+    image: torch.Tensor,
+    upscale_by: float,
+    longest_edge: int,
+    size_by: str,
+    megapixels: float,
+    box: tuple[int, int],
+) -> tuple[int, int]:
+    """(height, width) of the results for (B, H, W, C); `box` is (height, width)."""
+    source = image.shape[1], image.shape[2]
+    if size_by == _BY_MEGAPIXELS:
+        return target_size(source, upscale_by, megapixels=megapixels)
+    if size_by == _BY_BOX:
+        return target_size(source, upscale_by, within=box)
+    return target_size(source, upscale_by, longest_edge)
+
+
+def same_noise_input(default: bool, off: str) -> io.Boolean.Input:
+    """Whether the pictures of a batch share their noise; `off` says what happens if not."""
+    return io.Boolean.Input(
+        "same_noise",
+        default=default,
+        optional=True,
+        advanced=True,
+        tooltip="One noise for all pictures of a batch, so that the frames of a video do not"
+        f" shimmer by their noise. It does not follow what moves. {off}",
     )
 
 
@@ -56,6 +128,7 @@ def colour_fix_input() -> io.Combo.Input:
         options=list(COLOUR_FIXES),
         default="none",
         optional=True,
+        advanced=True,
         tooltip="Takes colours from the input picture, over the whole picture. Wavelet takes"
         " everything coarser than about 32 pixels of the result, adain the mean and contrast of"
         " red, green and blue, lab of lightness and hue. None is right unless you see a"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 
 import folder_paths
 from comfy_api.latest import io
@@ -11,7 +13,8 @@ from comfy_api.latest import io
 from ...infdit_core.checkpoints.checkpoint import open_checkpoint
 from ...infdit_core.checkpoints.load import BUNDLED_FOLDER
 from ...infdit_core.checkpoints.names import clip_state_dict
-from ...infdit_core.clip import read_clip
+from ...infdit_core.clip import holds_clip, read_clip
+from ...infdit_core.errors import InfDiTError
 from ...infdit_core.network.config import DTYPES
 from ..common import CATEGORY, Clip, named_errors, require
 from .clip import PatchedClip
@@ -70,9 +73,10 @@ class InfDiTCheckpointLoader(io.ComfyNode):
         # None: it comes from another node, and is looked up when that has run
         return model_name in [None, *folder_paths.get_filename_list(_FOLDER)] or (
             "Load Inf-DiT Checkpoint: expected a file in models/infdit or a folder listed under"
-            f" infdit in extra_model_paths.yaml; {model_name!r} is not there. The released model is"
-            " linked in its authors' repository; its .pt file works as it is. The pack's README"
-            " says more under Models, and how to convert."
+            f" infdit in extra_model_paths.yaml; {model_name!r} is not there. The authors' model is"
+            " mp_rank_00_model_states.pt, about 2.5 GB, linked in the README of"
+            " github.com/THUDM/Inf-DiT: put it into models/infdit as it is. Or choose"
+            " infdit_small.safetensors, which comes with this pack."
         )
 
     @classmethod
@@ -84,8 +88,15 @@ class InfDiTCheckpointLoader(io.ComfyNode):
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         require(model_name, str, "expected model_name from the list")
         path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
-        with open_checkpoint(path) as checkpoint:
-            model = load_patcher(checkpoint, _DTYPES.get(weight_dtype), fp8=weight_dtype == _FP8)
+        with _without_folder(path), open_checkpoint(path) as checkpoint:
+            try:
+                fp8 = weight_dtype == _FP8
+                model = load_patcher(checkpoint, _DTYPES.get(weight_dtype), fp8=fp8)
+            except (RuntimeError, TypeError) as error:  # of ComfyUI's operations, or the device's
+                raise InfDiTError(
+                    f"expected weights that can be loaded as {weight_dtype} on this device; got"
+                    f" {type(error).__name__}: {error}. Choose bf16 or fp32."
+                ) from error
             tower = clip_state_dict(checkpoint)
             clip = PatchedClip(tower) if tower is not None else None
         model.set_attachments(CLIP_ATTACHMENT, clip)
@@ -95,9 +106,6 @@ class InfDiTCheckpointLoader(io.ComfyNode):
 class InfDiTCLIPLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = {
-            name for folder in _CLIP_FOLDERS for name in folder_paths.get_filename_list(folder)
-        }
         return io.Schema(
             node_id="InfDiTCLIPLoader",
             display_name="Load Inf-DiT CLIP",
@@ -107,10 +115,11 @@ class InfDiTCLIPLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=sorted(names),
+                    options=_clip_names(),
                     tooltip="A whole open_clip ViT-L-14 file with the datacomp_xl_s13b_b90k"
                     " weights, from models/clip_vision, models/text_encoders or models/infdit."
-                    " Other CLIP models give other embeddings and worse pictures.",
+                    " Files without a CLIP under open_clip's names are not in the list. Other CLIP"
+                    " models give other embeddings and worse pictures.",
                 ),
             ],
             outputs=[
@@ -140,17 +149,55 @@ class InfDiTCLIPLoader(io.ComfyNode):
     @named_errors("Load Inf-DiT CLIP")
     def execute(cls, clip_name: str) -> io.NodeOutput:
         require(clip_name, str, "expected clip_name from the list")
-        folder = next(
-            (f for f in _CLIP_FOLDERS if folder_paths.get_full_path(f, clip_name)), _FOLDER
-        )
-        path = folder_paths.get_full_path_or_raise(folder, clip_name)
-        return io.NodeOutput(PatchedClip(read_clip(path)))
+        path = _path(_CLIP_FOLDERS, clip_name)
+        if path is None:
+            raise InfDiTError(cls.validate_inputs(clip_name))
+        with _without_folder(path):
+            return io.NodeOutput(PatchedClip(read_clip(path)))
+
+
+def _clip_names() -> list[str]:
+    """The files that hold a CLIP as open_clip names it."""
+    return sorted(
+        name
+        for name in {n for folder in _CLIP_FOLDERS for n in folder_paths.get_filename_list(folder)}
+        if _holds_clip(_fingerprint(_CLIP_FOLDERS, name), _path(_CLIP_FOLDERS, name))
+    )
+
+
+@lru_cache(maxsize=1024)
+def _holds_clip(fingerprint: str, path: str | None) -> bool:
+    """By the names of the tensors; `fingerprint` changes when the file does."""
+    if path is None:
+        return True
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return holds_clip(checkpoint)
+    except InfDiTError:
+        return False
+
+
+@contextmanager
+def _without_folder(path: str) -> Iterator[None]:
+    """Leave the folder of a file out of errors: workflows and screenshots are shared."""
+    try:
+        yield
+    except InfDiTError as error:
+        message = str(error)
+        if path not in message:
+            raise
+        raise InfDiTError(message.replace(path, os.path.basename(path))) from error
+
+
+def _path(folders: Sequence[str], name: str) -> str | None:
+    """Of the file of this name, in the first of the folders that has it."""
+    paths = (folder_paths.get_full_path(folder, name) for folder in folders)
+    return next((path for path in paths if path), None)
 
 
 def _fingerprint(folders: Sequence[str], name: str | None) -> str:
     """What changes when the file is replaced, so that a cached model is not taken for the new."""
-    paths = (folder_paths.get_full_path(folder, name) for folder in folders if name is not None)
-    path = next((path for path in paths if path), None)
+    path = None if name is None else _path(folders, name)
     if path is None:
         return ""
     status = os.stat(path)

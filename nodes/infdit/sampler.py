@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import comfy.model_management
 import comfy.sample
@@ -14,11 +14,12 @@ from comfy_api.latest import io
 
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
+from ...infdit_core.pictures.prepare import Canvas, check_image, pass_sizes
+from ...infdit_core.pictures.wrap import WRAPS
 from ...infdit_core.sampling import AUTO, PRESETS, SOLVERS, Step, check_sigmas, find_preset
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
-from .comfy_model import PLAN, PROGRESS, conditioning_of, with_prior
+from .comfy_model import PROGRESS, WRAP, conditioning_of, require_infdit, with_prior
 from .inputs import (
     check_inputs,
     colour_fix_input,
@@ -26,10 +27,14 @@ from .inputs import (
     picture_inputs,
     picture_output,
     picture_outputs,
+    result_size,
+    same_noise_input,
+    size_inputs,
 )
-from .progress import SamplingProgress
+from .patches import warn_of_patches
+from .progress import SamplingProgress, shows_progress
 
-_MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1
 
 
 class InfDiTSampler(io.ComfyNode):
@@ -46,7 +51,7 @@ class InfDiTSampler(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=_MAX_SEED,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="Chooses the invented detail. The same seed gives the same result"
                     " for a picture, wherever it stands in a batch.",
@@ -56,14 +61,15 @@ class InfDiTSampler(io.ComfyNode):
                     default=20,
                     min=1,
                     max=200,
+                    advanced=True,
                     tooltip="Steps of Heun's method, each of two evaluations but the last. 20 is"
                     " what the model's authors use; fewer are faster and less exact. Only the"
-                    " preset exact reads it.",
+                    " preset exact reads it, and auto where it is exact.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=[*PRESETS, AUTO],
-                    default="exact",
+                    default=AUTO,
                     optional=True,
                     tooltip="Exact is the authors' solver with the number of steps above. Fast"
                     " takes 12 evaluations of the network instead of 39. Draft takes 6: for a first"
@@ -96,6 +102,35 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
                     " from 40 for a whole run, from 0.5 with the small model of this pack.",
                 ),
+                io.Image.Input(
+                    "start_image",
+                    optional=True,
+                    tooltip="Another upscaler's picture of the same image to start from, in place"
+                    " of the enlarged one; it is resized to the result. denoise says how much of"
+                    " it is drawn again: try 0.2 to 0.5; at 1 nothing of it is left. image stays"
+                    " what the model looks at.",
+                ),
+                io.Combo.Input(
+                    "wrap",
+                    options=list(WRAPS),
+                    default="none",
+                    optional=True,
+                    advanced=True,
+                    tooltip="For pictures that go on around: horizontal for 360 degree panoramas,"
+                    " both for seamless textures. The result fits together at these edges, too.",
+                ),
+                *size_inputs(),
+                same_noise_input(
+                    True, "Off, each picture takes the noise of the seed plus its place."
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White is upscaled; black keeps the start_image, or the enlarged"
+                    " picture; grey mixes the two. What is black at the bottom and right takes no"
+                    " time. With Differential Diffusion on the model, grey is drawn in the later"
+                    " steps only.",
+                ),
             ],
             outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -104,6 +139,7 @@ class InfDiTSampler(io.ComfyNode):
 
     @classmethod
     @named_errors("Inf-DiT Upscale")
+    @shows_progress
     def execute(
         cls,
         model,
@@ -111,13 +147,23 @@ class InfDiTSampler(io.ComfyNode):
         upscale_by: float,
         seed: int,
         steps: int,
-        preset: str = "exact",
+        preset: str = AUTO,
         guidance: torch.Tensor | None = None,
         longest_edge: int = 0,
         denoise: float = 1.0,
         colour_fix: str = "none",
         sampler: comfy.samplers.Sampler | None = None,
         sigmas: torch.Tensor | None = None,
+        start_image: torch.Tensor | None = None,
+        wrap: str = "none",
+        mask: torch.Tensor | None = None,
+        size_by: str = "factor or longest edge",
+        megapixels: float = 4.0,
+        width: int = 2048,
+        height: int = 2048,
+        same_noise: bool = True,
+        *,
+        progress: SamplingProgress,
     ) -> io.NodeOutput:
         if sigmas is not None:
             _check_sigmas(sigmas)
@@ -125,23 +171,52 @@ class InfDiTSampler(io.ComfyNode):
             raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
         if sampler is not None:
             require(sampler, comfy.samplers.Sampler, "expected a SAMPLER")
-        vectors = check_inputs(model, image, guidance)
-        source_size = image.shape[1], image.shape[2]
-        size = target_size(source_size, upscale_by, longest_edge)
+        if start_image is not None:
+            require(start_image, torch.Tensor, "start_image: expected an IMAGE")
+        if mask is not None:
+            require(mask, torch.Tensor, "mask: expected a MASK")
+        check_image(require(image, torch.Tensor, "expected an IMAGE"))
+        require_infdit(model)
+        box = height, width
+        size = result_size(image, upscale_by, longest_edge, size_by, megapixels, box)
         chosen = find_preset(preset, model.model.infdit.metadata)
-        if preset == "exact":
+        if chosen == PRESETS["exact"]:  # auto is exact where the file asks for nothing
             chosen = chosen._replace(steps=steps)
         if sigmas is None:
             sigmas = chosen.sigmas(denoise, model.model.infdit_config.sigma_max)
         steps = len(sigmas) - 1
         evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
-        runs = len(pass_sizes(source_size, size)) * image.shape[0]
-        progress = SamplingProgress(
-            evaluations * runs, steps * runs, cls.hidden.unique_id if cls.hidden else None
-        )
+        name = _name(sampler) if sampler else chosen.solver
+        sizes = pass_sizes((image.shape[1], image.shape[2]), size)
+        progress.start(image, sizes, steps, evaluations, name, model.load_device)
+        for name in warn_of_patches(model):
+            progress.note(f"{name} has no effect")
+        vectors = check_inputs(model, image, guidance)
         sampler = sampler or core_sampler(chosen.solver)
         draw = GuiderDraw(model, sampler, sigmas, seed, progress, chosen.consistency)
-        return picture_output(upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix))
+        if not same_noise:
+            draw.passes_of_a_seed = len(sizes)
+        result = upscale(
+            image,
+            size,
+            draw,
+            vectors=vectors,
+            colour_fix=colour_fix,
+            start=start_image,
+            wrap=wrap,
+            mask=mask,
+        )
+        return picture_output(result)
+
+
+class Report(Protocol):
+    """What is told of a run, as `SamplingProgress` shows it."""
+
+    def begin(self, canvas: Canvas) -> None: ...
+
+    def cells(self, done: int, total: int) -> None: ...
+
+    def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None: ...
 
 
 @dataclass
@@ -152,9 +227,12 @@ class GuiderDraw:
     sampler: comfy.samplers.Sampler
     sigmas: torch.Tensor
     seed: int
-    progress: SamplingProgress
+    progress: Report
     consistency: int = 0
     """Back-projections of the result."""
+    passes_of_a_seed: int | None = None
+    """After how many passes, those of a picture, the seed grows by one; None: never."""
+    _passes: int = field(default=0, init=False)
 
     @property
     def block_px(self) -> int:
@@ -164,27 +242,39 @@ class GuiderDraw:
     def device(self) -> torch.device:
         return self.model.load_device
 
+    def prepare(self, canvas: Canvas) -> Canvas:
+        """The canvas with the picture of the model's prior, if it has one."""
+        return with_prior(self.model, canvas)
+
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
-        canvas = with_prior(self.model, canvas)
-        concat, conditioning = conditioning_of(canvas.condition())
+        self.progress.begin(canvas)
+        _, conditioning = conditioning_of(canvas.condition())
+        first = canvas.first
+        seed = self.seed + (self._passes // self.passes_of_a_seed if self.passes_of_a_seed else 0)
+        seed, self._passes = seed % (MAX_SEED + 1), self._passes + 1
+
+        def noise(shape: tuple[int, ...]) -> torch.Tensor:
+            return comfy.sample.prepare_noise(first.new_empty(shape), seed)
+
         if len(self.sigmas) < 2:
-            return concat
+            return first
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         # The options go to the guider and not to a clone of the model: ComfyUI would load that anew
-        options = {PROGRESS: self.progress.cells, PLAN: self.progress.planned}
+        options = {PROGRESS: self.progress.cells, WRAP: canvas.wrap}
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(
-            comfy.sample.prepare_noise(concat, self.seed),
-            concat,
+            canvas.noise(noise),
+            first,
             self.sampler,
             self.sigmas,
+            denoise_mask=canvas.mask,
             callback=self.progress.step,
             disable_pbar=True,
-            seed=self.seed,
+            seed=seed,
         )
         return samples.to(comfy.model_management.intermediate_device())
 
@@ -203,6 +293,13 @@ def core_sampler(solver: str) -> comfy.samplers.Sampler:
         return SOLVERS[solver](denoise, x, sigmas.tolist(), report)
 
     return comfy.samplers.KSAMPLER(sample)
+
+
+def _name(sampler: comfy.samplers.Sampler) -> str:
+    """What KSamplerSelect calls a sampler, such as "dpmpp_2m"."""
+    function = getattr(sampler, "sampler_function", sampler)
+    name = getattr(function, "__name__", type(function).__name__)
+    return name.removeprefix("sample_").removesuffix("_function")
 
 
 def _check_sigmas(sigmas: torch.Tensor) -> None:

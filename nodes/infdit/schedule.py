@@ -36,6 +36,7 @@ class InfDiTSchedule(io.ComfyNode):
                     default=1,
                     min=1,
                     max=4096,
+                    advanced=True,
                     tooltip="Block by block: side of the square of blocks taken at a time. Layer by"
                     " layer: number of blocks taken at a time. More is faster and takes more"
                     " memory; not used by the other two.",
@@ -43,6 +44,7 @@ class InfDiTSchedule(io.ComfyNode):
                 io.Boolean.Input(
                     "tokens_on_cpu",
                     default=False,
+                    advanced=True,
                     tooltip="Layer by layer only: the picture's tokens wait in RAM. Slower,"
                     " and saves 2.7 GB at 4096×4096 with the released model.",
                 ),
@@ -52,6 +54,7 @@ class InfDiTSchedule(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.5,
+                    advanced=True,
                     tooltip="Gigabytes that auto may take beside the weights; 0 takes what ComfyUI"
                     " reports free.",
                 ),
@@ -61,6 +64,7 @@ class InfDiTSchedule(io.ComfyNode):
                     min=0,
                     max=1000,
                     optional=True,
+                    advanced=True,
                     tooltip="Faster and not exact: with samplers that evaluate each noise level"
                     " twice, as heun does, this many of the last layers (the released model has 28)"
                     " are left out the second time, and what they added the first time is added"

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from infdit_core.blocks.schedules import BlockMajor
 from infdit_core.edm import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -13,7 +12,7 @@ from infdit_core.edm import (
     partial_sigmas,
     preconditioning,
 )
-from infdit_core.sampling import PRESETS, SOLVERS, Preset, sample
+from infdit_core.sampling import PRESETS, SOLVERS, Preset, check_sigmas, sample
 from tests.goldens import golden, golden_cases, golden_condition, golden_model, random_condition
 
 
@@ -102,29 +101,30 @@ def test_fast_is_nearer_to_the_solution_than_exact():
     assert error(PRESETS["fast"]) < error(Preset("euler", 12)) / 5
 
 
-def test_the_schedule_does_not_change_the_picture():
-    model = golden_model("xs")
-    noise, cond = random_condition(model, 2, 3)
-    a = sample(model, cond, edm_sigmas(3), noise=noise)
-    b = sample(model, cond, edm_sigmas(3), noise=noise, schedule=BlockMajor(1))
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("sigmas", "message"),
-    [([1.0, 2.0], "that fall"), ([1.0], "at least two"), ([1.0, 1.0, 0.0], "that fall"),
-     ([1.0, -1.0], "at 0 or above"), ([float("nan"), 0.0], "that fall")],
-)  # fmt: skip
+    [
+        ([], r"that fall, at least two; got \(0,\): none"),
+        ([1.0], r"that fall, at least two; got \(1,\): 1"),
+        ([1.0, 2.0, 0.0], "that fall, .* 1, 2, 0"),
+        ([1.0, 1.0, 0.0], "that fall"),
+        ([2.0, math.nan, 0.0], "that fall, .* 2, nan, 0"),
+        ([math.nan, 0.0], "that fall"),
+        ([math.inf, 1.0, 0.0], "that fall, .* inf, 1, 0"),
+        ([[1.0, 0.0]], r"that fall, .* \(1, 2\)"),
+        ([4.0, -1.0], "that end at 0 or above; got -1"),
+    ],
+)
 def test_bad_sigmas_are_refused(sigmas, message):
-    model = golden_model("xs")
-    noise, cond = random_condition(model, 1, 1)
-    with pytest.raises(ValueError, match=message):
-        sample(model, cond, torch.tensor(sigmas), noise=noise)
+    with pytest.raises(ValueError, match=f"expected sigmas {message}"):
+        check_sigmas(torch.tensor(sigmas))
 
 
-def test_an_unknown_solver_is_refused():
+def test_what_cannot_be_drawn_is_refused():
     model = golden_model("xs")
     noise, cond = random_condition(model, 1, 1)
+    with pytest.raises(ValueError, match="that fall"):
+        sample(model, cond, torch.tensor([1.0, 2.0]), noise=noise)
     with pytest.raises(ValueError, match="expected one of heun"):
         sample(model, cond, edm_sigmas(2), noise=noise, solver="magic")
 

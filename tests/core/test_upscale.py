@@ -43,6 +43,10 @@ def test_what_is_handed_in_draws_every_pass(model):
 
     class Nearest:
         block_px, device = TINY.block_px, torch.device("cpu")
+        consistency = 0
+
+        def prepare(self, canvas):
+            return canvas
 
         def __call__(self, canvas):
             seen.append((canvas.height, canvas.width))

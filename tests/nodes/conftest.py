@@ -16,3 +16,17 @@ def bar(comfy, monkeypatch):
     monkeypatch.setattr(utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0)
     monkeypatch.setattr(utils, "PROGRESS_THROTTLE_MIN_PERCENT", 0)
     return told
+
+
+@pytest.fixture
+def evaluations(comfy, monkeypatch) -> list:
+    """Grows by one with every evaluation of the network."""
+    net = comfy.module("infdit_core.network.model").InfDiT
+    forward, seen = net.forward, []
+
+    def counted(self, *args, **kwargs):
+        seen.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(net, "forward", counted)
+    return seen

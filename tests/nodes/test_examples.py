@@ -4,19 +4,21 @@ import json
 import urllib.request
 
 import pytest
+from PIL import Image
 
 from tools.comfy_server import ROOT, ComfyError, ComfyServer
 from tools.dev import png_size
-from tools.make_workflows import API, BLUEPRINT, EXAMPLES_OF, NOTE, SUBGRAPHS
+from tools.make_workflows import API, BLUEPRINT, EXAMPLES_OF, EXPOSED, NOTE, START, SUBGRAPHS
 
 pytestmark = pytest.mark.comfy
 
 EXAMPLES = ROOT / "example_workflows"
 RUNNABLE = {
-    "Upscale a picture": [(40, 32)],
+    START: [(40, 32)],
     "Advanced sampling with KSampler": [(40, 32)],
     "Before and after": [(2 * 40 + 8, 32)],
     "Upscale a folder": [(40, 32), (40, 32)],
+    "Which setting": [],  # it previews and saves nothing
 }
 """Examples that the bundled model can run, with the sizes of their pictures for one of 10×8."""
 
@@ -35,6 +37,8 @@ def widgets_of(info: dict) -> list[str]:
             basic = isinstance(spec[0], list) or spec[0] in (
                 "INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR",
             )  # fmt: skip
+            if spec[0] == "BOUNDING_BOX":  # beside the whole box its four numbers
+                names += [name, *(f"{name}.{key}" for key in ("x", "y", "width", "height"))]
             if basic and not options.get("forceInput"):
                 names.append(name)
                 if options.get("control_after_generate"):
@@ -46,9 +50,12 @@ def widgets_of(info: dict) -> list[str]:
 
 def test_every_example_has_a_graph_to_test_and_a_thumbnail():
     assert {path.stem for path in EXAMPLES.glob("*.json")} == set(EXAMPLES_OF)
-    for title, (graph, _) in EXAMPLES_OF.items():
-        assert (API / f"{graph}.json").exists()
-        assert (EXAMPLES / f"{title}.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+    for title, made in EXAMPLES_OF.items():
+        assert (API / f"{made.graph}.json").exists()
+        with Image.open(EXAMPLES / f"{title}.jpg") as thumbnail:
+            assert (thumbnail.format, thumbnail.width) == ("JPEG", thumbnail.height), title
+    pictures = [path.read_bytes() for path in EXAMPLES.glob("*.jpg")]
+    assert len(set(pictures)) == len(pictures) == len(EXAMPLES_OF)
 
 
 @pytest.mark.parametrize("title", EXAMPLES_OF)
@@ -116,6 +123,8 @@ def test_the_example_runs(comfy_server: ComfyServer, title, tmp_path):
     for node in graph.values():
         if node["class_type"] == "LoadImage":
             node["inputs"]["image"] = comfy_server.upload_image(made[0])
+        if "crop_region" in node["inputs"]:
+            node["inputs"]["crop_region"] = {"x": 0, "y": 0, "width": 10, "height": 8}
         if "steps" in node["inputs"]:
             node["inputs"]["steps"] = 2
     files = comfy_server.output_files(comfy_server.submit(graph, timeout=120))
@@ -143,6 +152,9 @@ def test_the_blueprint_is_served_and_whole(comfy_server: ComfyServer):
     assert subgraph["name"] == BLUEPRINT
     kinds = {node["id"]: node["type"] for node in subgraph["nodes"]}
     assert sorted(kinds.values()) == ["InfDiTCheckpointLoader", "InfDiTSampler"]
+    exposed = [[str(i), name] for i, kind in kinds.items() for name in EXPOSED[kind]]
+    assert sorted(workflow["nodes"][0]["properties"]["proxyWidgets"]) == sorted(exposed)
+    assert [output["name"] for output in subgraph["outputs"]] == ["IMAGE", "MASK"]
     between = {(link["origin_id"], link["target_id"], link["type"]) for link in subgraph["links"]}
     loader, upscale = sorted(kinds, key=lambda i: kinds[i])
     outside_in, outside_out = subgraph["inputNode"]["id"], subgraph["outputNode"]["id"]

@@ -64,14 +64,6 @@ def test_the_exact_size_comes_out(load, upscale, size, factor, channels):
     assert torch.equal(image, before), "the input was changed"
 
 
-def test_a_picture_comes_out_the_same_wherever_it_stands_in_a_batch(load, upscale):
-    model, _ = load("tiny")
-    images = torch.rand(3, 10, 12, 3)
-    batch = upscale(model, images)
-    for i in range(3):
-        torch.testing.assert_close(upscale(model, images[i : i + 1])[0], batch[i])
-
-
 def test_half_precision_pictures_are_upscaled(comfy, load, upscale, monkeypatch):
     model, image = load("tiny")[0], torch.rand(1, 10, 12, 4)
     exact = upscale(model, image)
@@ -82,27 +74,13 @@ def test_half_precision_pictures_are_upscaled(comfy, load, upscale, monkeypatch)
     assert (full - upscale(model, image, 4.0)).abs().mean() < 1e-2
 
 
-def test_the_seed_chooses_the_picture(load, upscale):
-    model, image = load("tiny")[0], torch.rand(1, 10, 12, 3)
-    assert torch.equal(upscale(model, image, seed=1), upscale(model, image, seed=1))
-    assert not torch.equal(upscale(model, image, seed=1), upscale(model, image, seed=2))
-    upscale(model, image, seed=2**64 - 1, steps=1)
-
-
 @pytest.mark.parametrize("preset", ["fast", "draft"])
-def test_presets_take_fewer_evaluations(comfy, load, upscale, monkeypatch, preset):
-    net = comfy.module("infdit_core.network.model").InfDiT
-    forward, runs = net.forward, []
-
-    def counted(self, *args, **kwargs):
-        runs.append(1)
-        return forward(self, *args, **kwargs)
-
+def test_presets_take_fewer_evaluations(comfy, load, upscale, evaluations, preset):
     model, image = load("tiny")[0], torch.rand(1, 10, 12, 3)
     exact = upscale(model, image, steps=20)
-    monkeypatch.setattr(net, "forward", counted)
+    evaluations.clear()
     quick = upscale(model, image, preset=preset)
-    assert len(runs) == comfy.module("infdit_core.sampling").PRESETS[preset].evaluations
+    assert len(evaluations) == comfy.module("infdit_core.sampling").PRESETS[preset].evaluations
     assert (quick - exact).square().mean().sqrt() < 0.1
 
 
@@ -190,23 +168,6 @@ def test_8_bit_layers_are_loaded_sampled_and_smaller(comfy, load, upscale):
     assert (result - changed).square().mean().sqrt() < moved / 2
 
 
-def test_out_of_memory_takes_a_smaller_plan_and_goes_on(comfy, load, upscale, monkeypatch, caplog):
-    model, image = load("tiny")[0], torch.rand(1, 20, 30, 3)
-    expected = upscale(model, image, 4.0)
-    net = comfy.module("infdit_core.network.model").InfDiT
-    layer, calls = net.layer, []
-
-    def fails_once(self, *args):
-        calls.append(args[2])
-        if len(calls) == 12:
-            raise torch.OutOfMemoryError("injected")
-        return layer(self, *args)
-
-    monkeypatch.setattr(net, "layer", fails_once)
-    torch.testing.assert_close(upscale(model, image, 4.0), expected, atol=1e-4, rtol=0)
-    assert "out of memory with" in caplog.text
-
-
 def test_memory_required_grows_with_the_picture_not_with_the_square(comfy, load):
     model = load("tiny")[0].model
     small, large = (model.memory_required([1, 3, side, side]) for side in (512, 2048))
@@ -219,12 +180,12 @@ def test_progress_per_chunk_and_a_preview_per_step(load, upscale, bar):
     assert values == sorted(values)
     assert values[-1] == bar[-1][1]
     cells = 2 * (2 * STEPS - 1) * TINY.num_layers  # pictures, evaluations, cells of `Full`
-    assert set(range(1, cells + 1)) <= set(values)
+    assert len(set(values)) == cells + 1
     previews = [preview for _, _, preview in bar if preview is not None]
-    assert len(previews) == 2 * STEPS
-    kind, picture, _ = previews[0]
+    assert len(previews) == 1 + 2 * STEPS
+    kind, picture, _ = previews[1]
     assert kind == "JPEG"
-    assert picture.size == (32, 32)
+    assert picture.size == (24, 20)
 
 
 def test_a_preview_is_small_and_shows_the_picture(comfy):
@@ -235,24 +196,6 @@ def test_a_preview_is_small_and_shows_the_picture(comfy):
     assert picture.size == (512, 256)
     assert picture.getpixel((10, 10)) == (255, 255, 255)
     assert picture.getpixel((500, 10)) == (0, 0, 0)
-
-
-def test_cancelling_takes_effect_at_the_next_chunk(comfy, load, upscale, monkeypatch):
-    management = importlib.import_module("comfy.model_management")
-    net = comfy.module("infdit_core.network.model").InfDiT
-    done, layer = [], net.layer
-
-    def counted(self, *args):
-        done.append(args[0])
-        if len(done) == 3:
-            management.interrupt_current_processing(True)
-        return layer(self, *args)
-
-    monkeypatch.setattr(net, "layer", counted)
-    with pytest.raises(management.InterruptProcessingException):
-        upscale(load("tiny")[0], torch.rand(1, 10, 12, 3))
-    assert len(done) == 3
-    management.interrupt_current_processing(False)
 
 
 def test_guidance_reaches_the_model(comfy, load, upscale):
@@ -279,7 +222,8 @@ def test_the_tower_of_the_model_file_is_used_when_nothing_is_connected(comfy, lo
 
 
 def test_errors_name_the_node_what_was_expected_and_what_came(comfy, load, upscale):
-    image, model = torch.rand(1, 8, 8, 3), load("tiny")[0]
+    load("tiny")
+    image = torch.rand(1, 8, 8, 3)
     nodes = comfy.nodes
     with pytest.raises(
         ValueError, match="Inf-DiT Upscale: this model needs a CLIP embedding of 16"
@@ -287,16 +231,12 @@ def test_errors_name_the_node_what_was_expected_and_what_came(comfy, load, upsca
         upscale(load("vector")[0], image)
     with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected guidance of shape \(1, 16\)"):
         upscale(load("vector")[0], image, guidance=torch.rand(1, 768))
-    with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected an image .* got \(8, 8, 3\)"):
-        upscale(model, image[0])
-    with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected finite pixels"):
-        upscale(model, image * float("nan"))
     with pytest.raises(ValueError, match="Inf-DiT CLIP Guidance: the text tower is missing"):
         nodes["InfDiTGuidance"].execute(load("clip")[1], image, "clear", "", 2.0)
     with pytest.raises(ValueError, match="Inf-DiT CLIP Guidance: expected a CLIP tower"):
         nodes["InfDiTGuidance"].execute(None, image, "", "", 0.0)
-    canvas = nodes["InfDiTConditioning"].execute(model, image, 4.0).args[2]
-    with pytest.raises(ValueError, match="Inf-DiT Decode: expected a latent of shape"):
+    canvas = nodes["InfDiTConditioning"].execute(load("tiny")[0], image, 4.0).args[2]
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected the LATENT of the sampler"):
         nodes["InfDiTDecode"].execute({"samples": torch.zeros(1, 4, 8, 8)}, canvas)
     with pytest.raises(ValueError, match=r"Load Inf-DiT CLIP: .*expected an open_clip"):
         nodes["InfDiTCLIPLoader"].execute("tiny.safetensors")

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import aiohttp
 import pytest
 
+from tests.reliability.workflows import workflow
 from tools.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.comfy
 
 STEPS = 6  # of the preset draft
+MODEL = "infdit_small"
 TEXT, PREVIEW_WITH_METADATA = 3, 4  # binary messages of the websocket
 LIMIT_SECONDS = 240
 
@@ -31,30 +33,6 @@ class Run:
     """Seconds from the request to cancel until the workflow had stopped, if it was cancelled."""
 
 
-def workflow(seed: int, width: int = 128) -> dict:
-    def node(kind: str, **inputs) -> dict:
-        return {"class_type": kind, "inputs": inputs}
-
-    return {
-        "load": node(
-            "InfDiTCheckpointLoader",
-            model_name="infdit_small.safetensors",
-            weight_dtype="default",
-        ),
-        "grey": node("EmptyImage", width=width, height=64, batch_size=1, color=0x808080),
-        "upscale": node(
-            "InfDiTSampler",
-            model=["load", 0],
-            image=["grey", 0],
-            upscale_by=4.0,
-            seed=seed,
-            steps=20,
-            preset="draft",
-        ),
-        "save": node("SaveImage", images=["upscale", 0], filename_prefix="running"),
-    }
-
-
 async def listen(server: ComfyServer, graph: dict, cancel: bool) -> Run:
     run, asked = Run(), 0.0
     address = server.url.replace("http", "ws") + "/ws?clientId=listener"
@@ -69,7 +47,8 @@ async def listen(server: ComfyServer, graph: dict, cancel: bool) -> Run:
                 if kind == PREVIEW_WITH_METADATA:
                     run.previews.append(message.data[4:])
                 elif kind == TEXT:
-                    run.texts.append(message.data[8:].decode())
+                    (length,) = struct.unpack(">I", message.data[4:8])  # of the node's id
+                    run.texts.append(message.data[8 + length :].decode())
                 continue
             event = json.loads(message.data)
             run.events.append(event["type"])
@@ -90,12 +69,12 @@ def watched(server: ComfyServer, graph: dict, cancel: bool = False) -> Run:
 
 @pytest.fixture(scope="module")
 def run(comfy_server: ComfyServer) -> Run:
-    return watched(comfy_server, workflow(seed=1))
+    return watched(comfy_server, workflow(1, MODEL, 128, 64))
 
 
 def test_the_preview_changes_with_every_step(run):
     assert run.events[-1] == "execution_success"
-    assert len(set(run.previews)) == STEPS
+    assert len(set(run.previews)) == 1 + STEPS  # the first is the picture itself
 
 
 def test_the_bar_runs_once_from_start_to_end(run):
@@ -103,19 +82,23 @@ def test_the_bar_runs_once_from_start_to_end(run):
     assert run.values[-1] == 1
 
 
-def test_the_text_says_the_plan_then_steps_and_time_left(run):
-    assert re.search(r"\d B|[GM]B", run.texts[0]), run.texts
-    assert any(re.search(rf"[0-{STEPS}] of {STEPS} steps, \d+:\d\d left$", t) for t in run.texts)
+def test_the_text_begins_with_the_sizes_and_ends_with_the_time(run):
+    assert run.texts[0] == "128x64 -> 512x256, loading"
+    assert any(re.match(rf"step [1-{STEPS}] of {STEPS}", text) for text in run.texts), run.texts
+    last = rf"512x256 in (\d+ min )?\d+ s · multistep, {STEPS} steps"
+    assert re.fullmatch(last, run.texts[-1])
+    assert not [text for text in run.texts if "\n" in text]
 
 
 def test_cancelling_stops_within_a_second_and_the_next_run_works(comfy_server, run):
-    cancelled = watched(comfy_server, workflow(seed=2, width=256), cancel=True)
+    cancelled = watched(comfy_server, workflow(2, MODEL, 256, 64), cancel=True)
     assert cancelled.events[-1] == "execution_interrupted"
     assert cancelled.cancelled_after < 1
+    assert re.fullmatch(rf"cancelled at (the start|step \d of {STEPS})", cancelled.texts[-1])
 
 
 def test_the_model_stays_loaded_between_runs(comfy_server, run):
     loads = comfy_server.log().count("Requested to load InfDiTModel")
     assert loads
-    assert watched(comfy_server, workflow(seed=3, width=64)).events[-1] == "execution_success"
+    assert watched(comfy_server, workflow(3, MODEL, 64, 64)).events[-1] == "execution_success"
     assert comfy_server.log().count("Requested to load InfDiTModel") == loads

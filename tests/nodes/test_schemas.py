@@ -24,6 +24,7 @@ def schemas(comfy, monkeypatch):
     """What the golden file would hold now, by node id."""
     folder_paths = importlib.import_module("folder_paths")
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda _: [FILE])
+    monkeypatch.setattr(folder_paths, "get_input_subfolders", lambda: [FILE])
     return {node_id: freeze(node) for node_id, node in comfy.nodes.items()}
 
 
@@ -111,3 +112,18 @@ def test_a_removed_node_is_seen():
 )
 def test_an_addition_at_the_end_breaks_nothing(edit):
     assert breaking_changes(BEFORE, edited(edit)) == []
+
+
+ON_THE_FACE = {
+    "InfDiTSampler": {"upscale_by", "seed", "preset", "denoise"},
+    "InfDiTSchedule": {"schedule"},
+    "HiDiffusion": {"preset", "window_attention"},
+}
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("node_id", ON_THE_FACE)
+def test_few_widgets_stand_on_the_face(comfy, node_id):
+    widgets = [i.as_dict() | {"id": i.id} for i in comfy.nodes[node_id].define_schema().inputs]
+    shown = {w["id"] for w in widgets if "default" in w and not w.get("advanced")}
+    assert shown == ON_THE_FACE[node_id]

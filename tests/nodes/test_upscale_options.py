@@ -17,20 +17,6 @@ def image() -> torch.Tensor:
     return torch.rand(1, 10, 12, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def evaluations(comfy, monkeypatch) -> list:
-    """Grows by one with every evaluation of the network."""
-    net = comfy.module("infdit_core.network.model").InfDiT
-    forward, seen = net.forward, []
-
-    def counted(self, *args, **kwargs):
-        seen.append(1)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(net, "forward", counted)
-    return seen
-
-
 def sampler_object(name: str):
     return importlib.import_module("comfy.samplers").sampler_object(name)
 
@@ -96,7 +82,7 @@ def test_decode_fixes_colours_like_upscale(comfy, load, upscale, image):
     assert mask.shape == decoded.shape[:3]
     two = {"samples": noisy["samples"].repeat(2, 1, 1, 1)}
     assert comfy.nodes["InfDiTDecode"].execute(two, canvas).args[0].shape[0] == 2
-    with pytest.raises(ValueError, match="Inf-DiT Decode: expected a latent of shape"):
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected the LATENT of the sampler"):
         comfy.nodes["InfDiTDecode"].execute(two, canvas, "adain")
 
 
@@ -130,44 +116,17 @@ def test_sigmas_take_the_place_of_steps_and_denoise(comfy, load, upscale, image,
     assert not torch.equal(partly, expected)
 
 
-@pytest.mark.parametrize(
-    ("sigmas", "message"),
-    [
-        (torch.zeros(0), r"expected sigmas that fall, at least two; got \(0,\): none"),
-        (torch.zeros(1), r"expected sigmas that fall, at least two; got \(1,\): 0"),
-        (torch.tensor([1.0, 2.0, 0.0]), "expected sigmas that fall, .* 1, 2, 0"),
-        (torch.tensor([1.0, 1.0, 0.0]), "expected sigmas that fall"),
-        (torch.tensor([2.0, float("nan"), 0.0]), "expected sigmas that fall, .* 2, nan, 0"),
-        (torch.tensor([float("nan"), 0.0]), "expected sigmas that fall"),
-        (torch.tensor([float("inf"), 1.0, 0.0]), "expected sigmas that fall, .* inf, 1, 0"),
-        (torch.tensor([[1.0, 0.0]]), r"expected sigmas that fall, .* \(1, 2\)"),
-        (torch.tensor([40.0, 5.0]), "expected sigmas that end in 0, .* got 5 at the end"),
-        (torch.tensor([4.0, -1.0]), "expected sigmas that end at 0 or above; got -1"),
-    ],
-)
-def test_wrong_sigmas_are_refused_before_any_work(
-    load, upscale, image, evaluations, sigmas, message
-):
-    with pytest.raises(ValueError, match=f"Inf-DiT Upscale: {message}"):
-        upscale(load("tiny")[0], image, sigmas=sigmas)
-    assert not evaluations
-
-
-def test_a_bad_picture_at_the_end_of_a_batch_is_refused_before_any_work(
+def test_a_bad_picture_at_the_end_of_a_batch_or_sigmas_are_refused_before_any_work(
     load, upscale, image, evaluations
 ):
-    batch = torch.cat([image, image * float("nan")])
+    model, batch = load("tiny")[0], torch.cat([image, image * float("nan")])
     with pytest.raises(ValueError, match=r"Inf-DiT Upscale: expected finite pixels in 0\.\.1"):
-        upscale(load("tiny")[0], batch)
+        upscale(model, batch)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected sigmas that fall"):
+        upscale(model, image, sigmas=torch.tensor([1.0, 2.0, 0.0]))
+    with pytest.raises(ValueError, match=r"expected sigmas that end in 0, .* got 5 at the end"):
+        upscale(model, image, sigmas=torch.tensor([40.0, 5.0]))
     assert not evaluations
-
-
-def test_a_network_that_overflows_is_named(comfy, load, upscale, image, monkeypatch):
-    net = comfy.module("infdit_core.network.model").InfDiT
-    forward = net.forward
-    monkeypatch.setattr(net, "forward", lambda *a, **k: forward(*a, **k) * float("inf"))
-    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected finite pixels from the netw"):
-        upscale(load("tiny")[0], image)
 
 
 def test_the_mask_is_one_minus_alpha(comfy, load, image):
@@ -189,3 +148,110 @@ def test_the_bar_of_a_foreign_sampler_ends_full(load, upscale, image, bar, name)
     assert all(value <= total for value, total, _ in bar)
     assert bar[-1][0] / bar[-1][1] > 0.85
     assert sum(preview is not None for _, _, preview in bar) >= 2 * STEPS - 2
+
+
+def test_another_upscaler_s_picture_is_refined(comfy, load, upscale, image):
+    model, start = load("tiny")[0], torch.rand(1, 20, 24, 3)
+    kept = upscale(model, image, denoise=0.0, start_image=start)
+    torch.testing.assert_close(kept, start, atol=1e-6, rtol=0)
+    sampler = comfy.module("infdit_core.upscale")
+    presets = comfy.module("infdit_core.sampling").PRESETS
+    network = model.model.diffusion_model.net
+    draw = sampler.Sampler(network, presets["fast"], 5, 0.5)
+    expected = sampler.upscale(image, 2.0, draw, start=start)
+    found = upscale(model, image, seed=5, preset="fast", denoise=0.5, start_image=start)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a picture to start from in"):
+        upscale(model, image, start_image=start[:, :, :20])
+
+
+def test_a_picture_that_goes_on_around(comfy, load, upscale, image):
+    model = load("tiny")[0]
+    engine = comfy.module("infdit_core.upscale")
+    presets = comfy.module("infdit_core.sampling").PRESETS
+    draw = engine.Sampler(model.model.diffusion_model.net, presets["fast"], 5)
+    for wrap in ("horizontal", "both"):
+        expected = engine.upscale(image, 2.0, draw, wrap=wrap)
+        found = upscale(model, image, seed=5, preset="fast", wrap=wrap)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    restless = upscale(model, image, wrap="both", sampler=sampler_object("dpmpp_2m_sde"))
+    assert restless.shape == expected.shape
+
+
+def test_a_wrapper_that_moves_the_noisy_picture_alone_is_refused(load, upscale, image, evaluations):
+    tiled = load("tiny")[0].clone()
+    tiled.set_model_unet_function_wrapper(lambda apply, args: None)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a model without a wrapper"):
+        upscale(tiled, image)
+    assert not evaluations
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "expected"),
+    [
+        ((10, 13), {"size_by": "megapixels", "megapixels": 0.01}, (90, 117)),
+        ((10, 12), {"size_by": "width and height", "width": 40, "height": 90}, (33, 40)),
+        ((12, 10), {"size_by": "width and height", "width": 40, "height": 30}, (30, 25)),
+        ((10, 12), {"size_by": "factor or longest edge", "width": 99, "upscale_by": 1.5}, (15, 18)),
+        ((10, 12), {"longest_edge": 5}, (10, 12)),
+        ((10, 12), {"size_by": "width and height", "width": 40, "height": 5}, (10, 12)),
+        ((120, 130), {"size_by": "megapixels", "megapixels": 0.01}, (120, 130)),
+    ],
+)
+def test_the_size_that_was_asked_for_and_never_less(
+    load, upscale, comfy, caplog, size, asked, expected
+):
+    picture, model = torch.rand(1, *size, 3), load("tiny")[0]
+    assert upscale(model, picture, **asked, denoise=0.0).shape == (1, *expected, 3)
+    asked = {"upscale_by": 4.0} | asked
+    canvas = comfy.nodes["InfDiTConditioning"].execute(model, picture, **asked).args[2]
+    assert (canvas.height, canvas.width) == expected
+    shrunk = expected == size
+    assert (
+        f"would shrink the picture; it keeps its {size[1]}×{size[0]} px" in caplog.text
+    ) == shrunk
+
+
+def test_pictures_of_a_batch_share_their_noise_unless_told(load, upscale, image):
+    model, frames = load("tiny")[0], image.expand(2, -1, -1, -1)
+    same = upscale(model, frames, 5.0, seed=2**64 - 1)
+    assert torch.equal(same[0], same[1])
+    own = upscale(model, frames, 5.0, seed=2**64 - 1, same_noise=False)
+    assert torch.equal(own[0], same[0])
+    torch.testing.assert_close(own[1:], upscale(model, image, 5.0, seed=0))
+
+
+def test_conditioning_gives_frames_one_noise(comfy, load, image):
+    """By core's batch_index, which KSampler and SamplerCustomAdvanced draw their noise by."""
+    model, frames, found = load("tiny")[0], image.expand(2, -1, -1, -1), {}
+    core = importlib.import_module("nodes")
+    for same in (False, True):
+        cond, latent, _ = (
+            comfy.nodes["InfDiTConditioning"].execute(model, frames, 4.0, same_noise=same).args
+        )
+        sampled = core.common_ksampler(model, 5, 2, 1.0, "euler", "karras", cond, cond, latent)
+        found[same] = sampled[0]["samples"]
+    assert not torch.allclose(found[False][0], found[False][1], atol=1e-2)
+    torch.testing.assert_close(found[True][0], found[True][1])
+
+
+def test_a_mask_is_that_of_core(comfy, load, upscale, image):
+    model, start = load("tiny")[0], torch.rand(1, 20, 24, 3)
+    engine = comfy.module("infdit_core.upscale")
+    presets = comfy.module("infdit_core.sampling").PRESETS
+    draw = engine.Sampler(model.model.diffusion_model.net, presets["fast"], 5)
+    mask = torch.rand(1, 10, 12)
+    mask[:, 5:] = 0
+    expected = engine.upscale(image, 2.0, draw, start=start, mask=mask)
+    settings = {"seed": 5, "preset": "fast", "start_image": start, "mask": mask}
+    found = upscale(model, image, **settings)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[:, 11:], start[:, 11:], atol=2e-6, rtol=0)
+    differential = importlib.import_module("comfy_extras.nodes_differential_diffusion")
+    later = differential.DifferentialDiffusion.execute(model).args[0]
+    by_strength = upscale(later, image, **settings)
+    assert not torch.allclose(by_strength, found, atol=1e-2)
+    # the node of core takes the lowest noise level off everywhere
+    torch.testing.assert_close(by_strength[:, 11:], start[:, 11:], atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a mask in the shape"):
+        upscale(model, image, mask=torch.eye(20)[None])

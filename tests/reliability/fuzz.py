@@ -1,6 +1,4 @@
-"""Feeds broken and hostile files to the readers of checkpoints and pictures.
-
-    python -m tests.reliability.fuzz --count 100000
+"""Reads broken and hostile files under watch.
 
 An input must be read or refused with the reader's own error in one line or a few, within a second
 (a picture, which may be whole and large, within three) and a bounded amount of memory, while
@@ -9,12 +7,10 @@ nothing is imported, run, started or written.
 
 from __future__ import annotations
 
-import argparse
 import codecs
+import os
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +26,8 @@ SECONDS, PICTURE_SECONDS = 1.0, 3.0
 EXTRA_BYTES = 256 * 2**20
 """Memory that reading one small file may take beside what the process has."""
 LONGEST_MESSAGE = 4000
+FIRST_SEED = int(os.environ.get("INFDIT_SEED", "0"))
+"""Of inputs by chance."""
 
 _FORBIDDEN = (
     "exec",
@@ -167,48 +165,3 @@ def warm_up(folder: Path) -> None:
         (folder / "a.png").write_bytes(data)
         with suppress(ImageError):
             read_image(folder / "a.png")
-
-
-def _peak_kib() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Feeds broken and hostile files to the readers.")
-    parser.add_argument("--target", choices=TARGETS, default="checkpoint")
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--start", type=int, default=0, help="seed of the first input")
-    options = parser.parse_args()
-    make, read, error, limit = TARGETS[options.target]
-    outcomes: Counter[tuple[str, str]] = Counter()
-    findings, slowest, began = 0, 0.0, time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        warm_up(Path(folder))
-        path = Path(folder) / "input"
-        peak = _peak_kib()
-        with bounded_memory():
-            for seed in range(options.start, options.start + options.count):
-                kind, data = make(Random(seed))
-                path.write_bytes(data)
-                start = time.thread_time()
-                try:
-                    outcome = "read" if attempt(read, path, error, limit) is None else "refused"
-                except Finding as finding:
-                    outcome, findings = "FOUND", findings + 1
-                    print(f"seed {seed}, {kind}: {finding}"[:600], flush=True)
-                slowest = max(slowest, time.thread_time() - start)
-                outcomes[kind, outcome] += 1
-        grown = _peak_kib() - peak
-    for (kind, outcome), count in sorted(outcomes.items()):
-        print(f"{kind:28}{outcome:10}{count:8}")
-    print(
-        f"{options.count} inputs, {findings} findings, {time.monotonic() - began:.0f} s, slowest"
-        f" {slowest:.3f} s, peak memory grew by {grown / 1024:.0f} MiB"
-    )
-    return 1 if findings else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,25 +14,16 @@ import stat
 import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from random import Random
 
 import torch
 from safetensors.torch import save
 
-from infdit_core.network.config import InfDiTConfig
-from tests.goldens import random_tensors
+from tests.goldens import TINY, random_tensors
 
-SMALLEST = InfDiTConfig(
-    hidden_size=4,
-    num_layers=2,
-    num_heads=1,
-    patch_size=4,
-    block_patches=2,
-    mlp_size=4,
-    vector_size=0,
-    time_features=2,
-)
+SMALLEST = replace(TINY, hidden_size=4, num_heads=1, block_patches=2, mlp_size=4, time_features=2)
 """A whole Inf-DiT in a few kilobytes."""
 
 HUGE = (-1, 0, 1, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, 2**200)
@@ -49,6 +40,10 @@ CALLS = {
     "OBJ": b"(cos\nsystem\nV{command}\no",
     "NEWOBJ": b"csubprocess\nPopen\n(V{command}\nt\x81",
     "NEWOBJ_EX": b"csubprocess\nPopen\n(V{command}\nt}\x92",
+    "SETITEM": b"cos\nenviron\nVINFDIT_EVIL\nVa\ns",
+    "SETITEMS": b"cos\nenviron\n(VINFDIT_EVIL\nVa\nu",
+    "APPEND": b"csys\npath\nVevil\na",
+    "APPENDS": b"csys\npath\n(Vevil\ne",
     "BUILD": b"ctypes\nSimpleNamespace\n)\x81}Va\nVb\nsb",
     "EXT1": b"\x82\x01",
     "EXT2": b"\x83\x01\x00",

@@ -2,20 +2,17 @@
 
 import gc
 import importlib
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infdit_core import edm_sigmas, sample
 from infdit_core.memory.adaptive import Adaptive
 from infdit_core.memory.planner import Workload, plans
-from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
-from tests.goldens import TINY, random_condition, random_tensors
+from tests.goldens import TINY, random_condition, random_model
 
 
 class FailingOperation(TorchDispatchMode):
@@ -37,19 +34,11 @@ def live_tensors() -> int:
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
-def engine_model() -> InfDiT:
-    model = InfDiT(TINY).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.1, generator=generator)
-    return model
-
-
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_out_of_memory_at_every_operation(monkeypatch, every):
     """Inside an evaluation a smaller plan takes over; elsewhere the error comes out, and the next
     run is none the worse."""
-    model = engine_model()
+    model = random_model(TINY, std=0.1)
     noise, cond = random_condition(model, 1, 2)
     found = plans(Workload(model.config, *noise.shape[-2:], torch.float32, device="cpu"))
     operations, inside = FailingOperation(), set()
@@ -124,26 +113,20 @@ def layers(comfy, monkeypatch):
 
 
 @pytest.mark.comfy
-def test_out_of_memory_at_every_chunk(comfy, load, upscale, image, layers):
-    model, total = load("tiny")[0], 0
-
-    def count(n):
-        nonlocal total
-        total = n
-
-    layers(count)
-    expected = upscale(model, image, steps=2)
-    assert total >= 6
-
-    for at in range(1, total + 1):
+def test_out_of_memory_at_every_chunk(load, upscale, image, layers, caplog):
+    model = load("tiny")[0]
+    expected = upscale(model, image, steps=2)  # once before, since making the plans calls layers
+    for at in range(1, TINY.num_layers * 3 + 1):
 
         def fail(n, at=at):
             if n == at:
                 raise torch.OutOfMemoryError("injected")
 
         layers(fail)
+        caplog.clear()
         result = upscale(model, image, steps=2)
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+        assert "out of memory with" in caplog.text
 
 
 @pytest.mark.comfy
@@ -227,52 +210,6 @@ def test_a_result_larger_than_the_memory_is_refused_before_any_work(
     with pytest.raises(ValueError, match="Inf-DiT Conditioning: 128×64 px need"):
         comfy.nodes["InfDiTConditioning"].execute(model, image, 4.0)
     assert calls == []
-
-
-@pytest.mark.comfy
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_single_bad_pixel_is_named(comfy, load, upscale, image, bad):
-    image = image.clone()
-    image[0, 3, 4, 1] = bad
-    with pytest.raises(ValueError, match="Inf-DiT Upscale: expected finite pixels"):
-        upscale(load("tiny")[0], image)
-
-
-@pytest.mark.comfy
-def test_a_replaced_or_deleted_model_file_is_noticed(comfy, load):
-    load("tiny")
-    loader, path = (
-        comfy.nodes["InfDiTCheckpointLoader"],
-        comfy.models_dir / "infdit" / "new.safetensors",
-    )
-    folder_paths = importlib.import_module("folder_paths")
-
-    def put(seed: int, config: InfDiTConfig = TINY) -> None:
-        other = path.with_suffix(".tmp")
-        save_file(random_tensors(config, seed), other)
-        os.replace(other, path)
-
-    def seen() -> str:
-        return loader.fingerprint_inputs(model_name=path.name, weight_dtype="default")
-
-    put(0)
-    first = seen()
-    assert seen() == first
-    assert loader.validate_inputs(path.name) is True
-    weights = loader.execute(path.name, "default").args[0].model.state_dict()
-    put(1)
-    second = seen()
-    assert second != first
-    replaced = loader.execute(path.name, "default").args[0].model.state_dict()
-    assert not all(torch.equal(weights[key], replaced[key]) for key in weights)
-    os.utime(path, ns=(0, 0))  # changed in place
-    assert seen() != second
-    path.unlink()
-    assert seen() == ""
-    folder_paths.filename_list_cache.clear()
-    assert "'new.safetensors' is not there" in loader.validate_inputs(path.name)
-    with pytest.raises(FileNotFoundError):
-        loader.execute(path.name, "default")
 
 
 @pytest.mark.comfy

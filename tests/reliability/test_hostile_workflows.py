@@ -1,22 +1,30 @@
-"""Workflows that ask for nonsense over the API of a real server, which is killed once before."""
+"""Workflows that ask for nonsense over the API of a real server, which is killed once before.
+
+At length, with workflows by chance from the seed INFDIT_SEED on:
+
+    INFDIT_SEED=1000 python3 tools/dev.py test -m slow tests/reliability/test_hostile_workflows.py
+"""
 
 import itertools
 import json
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import torch
 
 from tests.goldens import TINY, random_tensors
-from tests.reliability import fuzz_workflows
+from tests.reliability import fuzz, fuzz_workflows
 from tests.reliability.workflows import debug_server, node, pixels, workflow
 from tools.comfy_server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.comfy
 
 LIMIT_SECONDS = 120
+LONG = (pytest.mark.slow, pytest.mark.timeout(3600))
 MAX_SEED = 2**64 - 1
 STARTED = "Inf-DiT: 256×256 px"
 """Logged before the first evaluation of the job that is cut off."""
@@ -130,21 +138,10 @@ def test_inputs_out_of_range(server, where, name, value, message):
 
 EXPECTED_SHAPE = r"Inf-DiT Upscale: expected an image of shape \(batch, height, width"
 FINITE = "Inf-DiT Upscale: expected finite pixels in 0..1, got NaN or infinity"
-IMAGES = {
-    "nan": FINITE,
-    "one nan": FINITE,
-    "infinite": FINITE,
-    "batch 0": EXPECTED_SHAPE,
-    "height 0": EXPECTED_SHAPE,
-    "width 0": EXPECTED_SHAPE,
-    "5-D": EXPECTED_SHAPE,
-    "3-D": EXPECTED_SHAPE,
-    "0-D": EXPECTED_SHAPE,
-    "2 channels": EXPECTED_SHAPE,
-    "9 channels": EXPECTED_SHAPE,
-    "integers": "Inf-DiT Upscale: expected floating point pixels",
-    "complex": "Inf-DiT Upscale: expected floating point pixels",
-}
+FLOATING = "Inf-DiT Upscale: expected floating point pixels"
+SHAPES = ("batch 0", "height 0", "width 0", "5-D", "3-D", "0-D", "2 channels", "9 channels")
+IMAGES = dict.fromkeys(("nan", "one nan", "infinite"), FINITE)
+IMAGES |= dict.fromkeys(SHAPES, EXPECTED_SHAPE) | dict.fromkeys(("integers", "complex"), FLOATING)
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -186,9 +183,9 @@ def test_seeds_at_both_ends(server, seed):
     ("kind", "message"),
     [
         ("nan", "finite pixels from the network"),
-        ("of Stable Diffusion", r"a latent of shape \(1, 3, 32, 64\)"),
-        ("5-D", "a latent of shape"),
-        ("0-D", "a latent of shape"),
+        ("of Stable Diffusion", "the LATENT .* 1 of 64x32 px and 3 channels; got 1 of 8x8 px"),
+        ("5-D", r"the LATENT .* got shape \(1, 3, 1, 32, 64\)"),
+        ("0-D", r"the LATENT .* got shape \(\)"),
         (5, "samples from a sampler; got int"),
     ],
 )
@@ -223,9 +220,10 @@ def test_plain_values_for_sockets(server, where, name, value):
     works(server)
 
 
-def test_workflows_by_chance(server):
-    """In short what fuzz_workflows does at length."""
-    outcomes, findings = fuzz_workflows.run(server, range(60))
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=LONG)])
+def test_workflows_by_chance(server, count):
+    seeds = range(fuzz.FIRST_SEED, fuzz.FIRST_SEED + count)
+    outcomes, findings = fuzz_workflows.run(server, seeds)
     assert findings == []
     assert outcomes["named"] > 10
     assert outcomes["refused"] > 10
@@ -265,24 +263,60 @@ def test_two_clients_at_once(server: ComfyServer):
     assert sizes == [64, 80, 64, 80]
 
 
-def counts(server: ComfyServer) -> dict:
-    """What the server's process holds after the same job as ever."""
+def probe(server: ComfyServer) -> tuple[dict, torch.Tensor]:
+    """What the server's process holds after the same job as ever, and the picture of that job."""
     graph = workflow(seed=0)
     graph["counts"] = node("DebugCounts", image=["upscale", 0], tag=next(_seeds))
-    return server.submit(graph, timeout=LIMIT_SECONDS)["counts"]["counts"][0]
+    outputs = server.submit(graph, timeout=LIMIT_SECONDS)
+    return outputs["counts"]["counts"][0], pixels(server.output_files(outputs)[0])
 
 
-def test_jobs_leave_nothing_behind(server: ComfyServer):
-    """In short what soak.py does at length."""
-    counts(server)
-    before = counts(server)
-    for width, model in ((20, "other"), (12, "tiny"), (40, "other")):
-        run(server, workflow(next(_seeds), model, width))
-    refused(server, workflow(next(_seeds)) | {"image": node("DebugImage", kind="nan")})
-    after = counts(server)
-    assert after["tensors"] <= before["tensors"]
-    assert after["tensor_mib"] <= before["tensor_mib"]
-    assert after["files"] <= before["files"] + 1
+def job(server: ComfyServer, random: Random, kind: str, client: str = "first") -> None:
+    """One of a size, factor and model by chance, which ends as its kind says."""
+    size = (200, 160) if kind == "cancelled" else (random.randint(8, 40), random.randint(8, 40))
+    factor = 4.0 if kind == "cancelled" else random.choice((1.0, 2.0, 3.3, 4.0, 5.0))
+    model = random.choice(("tiny", "other", "infdit_small"))
+    graph = workflow(next(_seeds), model, *size)
+    graph["upscale"]["inputs"]["upscale_by"] = factor
+    if kind == "failed":
+        graph["image"] = node("DebugImage", kind="nan")
+    prompt = server.queue(graph, client)
+    if kind == "done":
+        (made,) = server.output_files(server.wait(prompt, LIMIT_SECONDS))
+        assert pixels(made).shape[:2] == tuple(round(side * factor) for side in reversed(size))
+        return
+    cancel = (lambda _: server.interrupt()) if kind == "cancelled" else None
+    with pytest.raises(ComfyError, match="NaN" if kind == "failed" else "was interrupted"):
+        server.wait(prompt, LIMIT_SECONDS, cancel)
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=LONG)])
+def test_jobs_leave_nothing_behind(server: ComfyServer, rounds: int):
+    """After every ten jobs the same picture to the bit, and no more held than after warm-up."""
+    random, held = Random(0), [probe(server), probe(server)]
+    for i in range(rounds):
+        if i <= rounds * 2 // 3:
+            kinds = ["done"] * 7 + ["cancelled"] * 2 + ["failed"]
+            for kind in random.sample(kinds, 10):
+                job(server, random, kind)
+        else:
+            chances = [(Random(f"{i} {name}"), name) for name in ("first", "second")]
+            with ThreadPoolExecutor(2) as clients:
+                made = [
+                    clients.submit(job, server, chance, kind, name)
+                    for kind in ("done", "done", "failed", "done", "done")
+                    for chance, name in chances
+                ]
+            for one in made:
+                one.result()
+        held.append(probe(server))
+    assert all(torch.equal(picture, held[0][1]) for _, picture in held)
+    before, *later = (counts for counts, _ in held[len(held) // 3 :])
+    for after in later:
+        assert after["tensors"] <= before["tensors"]
+        assert after["tensor_mib"] <= before["tensor_mib"]
+        assert after["files"] <= before["files"] + 1
+        assert rounds == 1 or after["rss_mib"] <= before["rss_mib"] + 40
 
 
 def test_a_batch_of_64(server: ComfyServer):

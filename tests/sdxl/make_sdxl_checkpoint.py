@@ -1,12 +1,10 @@
 """A checkpoint with every key and shape of the SDXL base model and random weights, 6.9 GB.
 
-For the tests of the whole chain, where what the picture shows does not matter. By hand, with
-ComfyUI's folder in PYTHONPATH: `python tests/sdxl/make_sdxl_checkpoint.py TARGET.safetensors`.
+For the test of the whole chain, where what the picture shows does not matter.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import struct
@@ -98,14 +96,3 @@ def _random(key: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
         return torch.full_like(tensor, float(key.endswith("weight")), device="cpu")
     value = torch.randn(tensor.shape, generator=generator)
     return value.div_(math.sqrt(tensor[0].numel())).half()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", type=Path)
-    target = parser.parse_args().target
-
-    from comfy.cli_args import args
-
-    args.cpu = True  # ComfyUI looks for a GPU on import otherwise
-    print(f"{target}: {write_checkpoint(target)} bytes")

@@ -6,7 +6,7 @@ A test server gets this folder beside the pack; nothing of it is shipped.
 import gc
 import json
 import os
-import threading
+from typing import ClassVar
 
 import torch
 
@@ -42,62 +42,55 @@ LATENTS = {
 }
 
 
-class DebugImage:
-    """IMAGE of a kind in `IMAGES`."""
+class DebugNode:
+    """What ComfyUI reads of a node."""
 
-    RETURN_TYPES = ("IMAGE",)
+    INPUTS: ClassVar[dict[str, tuple]]
+    RETURN_TYPES: ClassVar[tuple[str, ...]]
     FUNCTION = "run"
     CATEGORY = "debug"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"kind": (list(IMAGES),)}}
+        return {"required": cls.INPUTS}
+
+
+class DebugImage(DebugNode):
+    """IMAGE of a kind in `IMAGES`."""
+
+    INPUTS: ClassVar = {"kind": (list(IMAGES),)}
+    RETURN_TYPES = ("IMAGE",)
 
     def run(self, kind: str) -> tuple:
         return (IMAGES[kind](),)
 
 
-class DebugLatent:
+class DebugLatent(DebugNode):
     """LATENT of a kind in `LATENTS`."""
 
+    INPUTS: ClassVar = {"kind": (list(LATENTS),)}
     RETURN_TYPES = ("LATENT",)
-    FUNCTION = "run"
-    CATEGORY = "debug"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {"kind": (list(LATENTS),)}}
 
     def run(self, kind: str) -> tuple:
         return ({"samples": LATENTS[kind]()},)
 
 
-class DebugSigmas:
+class DebugSigmas(DebugNode):
     """SIGMAS as given."""
 
+    INPUTS: ClassVar = {"values": ("STRING", {"default": "[]"})}
     RETURN_TYPES = ("SIGMAS",)
-    FUNCTION = "run"
-    CATEGORY = "debug"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {"values": ("STRING", {"default": "[]"})}}
 
     def run(self, values: str) -> tuple:
         return (torch.tensor(json.loads(values), dtype=torch.float32),)
 
 
-class DebugCounts:
+class DebugCounts(DebugNode):
     """Says what the process holds, after `image` is there."""
 
+    INPUTS: ClassVar = {"image": ("IMAGE",), "tag": ("INT", {"default": 0})}
     RETURN_TYPES = ()
-    FUNCTION = "run"
-    CATEGORY = "debug"
     OUTPUT_NODE = True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {"image": ("IMAGE",), "tag": ("INT", {"default": 0})}}
 
     def run(self, image: torch.Tensor, tag: int) -> dict:
         gc.collect()
@@ -111,7 +104,6 @@ class DebugCounts:
             "tensor_mib": sum(storages.values()) / 2**20,
             "rss_mib": rss / 1024,
             "files": len(os.listdir("/proc/self/fd")),
-            "threads": threading.active_count(),
         }
         return {"ui": {"counts": [counts]}}
 

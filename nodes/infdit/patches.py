@@ -1,0 +1,78 @@
+"""What other nodes have put on a MODEL: what Inf-DiT cannot be sampled with, and what does nothing.
+
+Patches for SD and SDXL go onto any MODEL. Most reach into a UNet and find nothing to do in Inf-DiT;
+some fail in the middle of sampling or spoil the picture, at cfg 1 above all, where ComfyUI hands
+zeros over for the negative prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_sampling
+
+from ...infdit_core.errors import InfDiTError
+
+_FAIL = {
+    "SelfAttentionGuidance": "Self-Attention Guidance",
+    "APG": "Adaptive Projected Guidance",
+    "RenormCFG": "RenormCFG",
+    "PerpNeg": "Perp-Neg",
+}
+"""Classes of core nodes whose guidance fails or spoils the picture, and the nodes' names."""
+_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
+"""Keys of wrappers that leave out evaluations by a measure that does not hold here."""
+_WORK = {"DifferentialDiffusion", "EpsilonScaling", "TemporalScoreRescaling",
+         "LatentApplyOperationCFG", "LatentOperation"}  # fmt: skip
+"""Classes of core nodes that do with Inf-DiT what they say."""
+_GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function",
+             "sampler_calc_cond_batch_function")  # fmt: skip
+
+
+def check_patches(patcher: Any) -> list[str]:
+    """Names of nodes whose patches have no effect on the Inf-DiT in this `ModelPatcher`.
+
+    Raises:
+        InfDiTError: something is on it that Inf-DiT cannot be sampled with; the message names it.
+    """
+    options = patcher.model_options
+    guidance = {name for key in _GUIDANCE for name in _owners(options.get(key))}
+    wrong = [_FAIL[name] for name in sorted(guidance & _FAIL.keys())]
+    keys = {key for by_key in patcher.wrappers.values() for key in by_key}
+    wrong += [name for key, name in _CACHES.items() if key in keys]
+    if options.get("context_handler") is not None:
+        wrong.append("Context Windows")
+    sampling = patcher.object_patches.get("model_sampling")
+    if sampling is not None and not isinstance(sampling, comfy.model_sampling.EDM):
+        wrong.append("ModelSampling (of another model)")
+    if wrong:
+        raise InfDiTError(
+            "expected a model as Load Inf-DiT Checkpoint gives it; got one with"
+            f" {' and '.join(wrong)} on it, which is made for other models and spoils or stops this"
+            " one. Take that node out of the way from the loader."
+        )
+    patches = options.get("transformer_options", {})
+    idle = guidance - _WORK
+    for kind in ("patches", "patches_replace"):
+        for found in patches.get(kind, {}).values():
+            idle |= set(_owners(found))
+    return sorted(idle)
+
+
+def warn_of_patches(patcher: Any) -> list[str]:
+    """`check_patches`, with a line in the log for each name."""
+    idle = check_patches(patcher)
+    for name in idle:
+        logging.warning("Inf-DiT: %s is on the model and has no effect on Inf-DiT", name)
+    return idle
+
+
+def _owners(found: Any) -> Iterator[str]:
+    """The classes that functions come from: the nodes that put them on the model."""
+    if isinstance(found, dict | list | tuple):
+        for each in found.values() if isinstance(found, dict) else found:
+            yield from _owners(each)
+    elif found is not None:
+        yield getattr(found, "__qualname__", type(found).__qualname__).split(".")[0]

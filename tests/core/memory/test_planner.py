@@ -1,0 +1,155 @@
+"""Predicted memory is what is counted, and the plan fits."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from infdit_core.blocks.grid import Grid
+from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.edm import edm_sigmas
+from infdit_core.memory.adaptive import Adaptive, is_out_of_memory
+from infdit_core.memory.live_bytes import LiveBytes
+from infdit_core.memory.planner import (
+    PlanError,
+    Workload,
+    evaluation_bytes,
+    evaluation_flop,
+    peak_bytes,
+    plan,
+    plans,
+    weight_bytes,
+)
+from infdit_core.network.config import RELEASED
+from infdit_core.network.residual_cache import ResidualCache
+from infdit_core.network.run import Run
+from infdit_core.sampling import sample
+from tests.goldens import fail_at, golden_model, random_condition
+
+SCHEDULES = [
+    Full(),
+    BlockMajor(1),
+    BlockMajor(3),
+    LayerMajor(1),
+    LayerMajor(3),
+    LayerMajor(8),
+    LayerMajor(2, keep_lr=False),
+    LayerMajor(2, tokens_on_host=True),
+]
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 12), Grid(9, 3), Grid(2, 2)], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_evaluation_takes_what_is_predicted(grid, schedule, dtype):
+    model = golden_model("xs", dtype)
+    x, cond = random_condition(model, *grid)
+    run = Run()
+    if schedule.keep_lr:
+        run.lr_kv = model.lr_keys_values(cond.lr.to(dtype))
+    with LiveBytes() as live:
+        model(x, torch.ones(1), cond, schedule, run=run, dtype=dtype)
+    counted = live.peak - x.nbytes  # the result is one of the solver's pictures
+    work = Workload(model.config, *x.shape[-2:], dtype)
+    predicted = evaluation_bytes(work, schedule)
+    if schedule.tokens_on_host:  # which here is the same memory
+        predicted += grid.blocks * work.block_bytes
+    assert predicted == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["exact", "residual"])
+@pytest.mark.parametrize("schedule", [Full(), LayerMajor(4), BlockMajor(2)], ids=str)
+def test_sampling_takes_what_is_predicted(schedule, residual):
+    model = golden_model("xs")
+    with LiveBytes() as live:
+        noise, cond = random_condition(model, 6, 6)
+        cache = ResidualCache(1) if residual else None
+        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule, cache=cache)
+    side = 6 * model.config.block_px
+    work = Workload(model.config, side, side, torch.float32, weights=False, residual=residual)
+    predicted = peak_bytes(work, schedule)
+    assert predicted == pytest.approx(live.peak, rel=0.1)
+
+
+def test_sizes_of_the_released_model():
+    assert weight_bytes(RELEASED, torch.bfloat16) / 2 == pytest.approx(753.4e6, rel=1e-3)
+    assert evaluation_flop(RELEASED, 4096, 4096) == pytest.approx(1.8e15, rel=0.02)
+
+
+@pytest.mark.parametrize("side", [512, 2048, 4096, 8192, 16384])
+def test_any_picture_fits_from_6_gb_and_more_memory_is_never_slower(side):
+    found = plans(Workload(RELEASED, side, side, torch.bfloat16))
+    fitting = [next(p for p in found if p.peak_bytes <= n * 1e9) for n in (6, 8, 12, 24, 80)]
+    costs = [p.cost for p in fitting]
+    assert costs == sorted(costs, reverse=True)
+    assert len({str(p.schedule) for p in found}) == len(found)
+
+
+def test_the_schedule_for_a_memory_is_that_of_the_first_plan_that_fits():
+    schedule = plan(RELEASED, 2048, 2048, torch.bfloat16, 6e9)
+    assert peak_bytes(Workload(RELEASED, 2048, 2048, torch.bfloat16), schedule) <= 6e9
+    found = plans(Workload(RELEASED, 2048, 2048, torch.bfloat16))
+    assert schedule == next(p.schedule for p in found if p.peak_bytes <= 6e9)
+
+
+def test_what_fits_nowhere_is_refused_with_the_least_that_is_needed():
+    with pytest.raises(PlanError, match=r"2048×2048 px needs at least .* got 0.1 GB"):
+        plan(RELEASED, 2048, 2048, torch.bfloat16, 1e8)
+
+
+def test_out_of_memory_at_any_cell_gives_the_same_picture(monkeypatch, caplog):
+    model = golden_model("xs")
+    noise, cond = random_condition(model, 2, 3)
+    found = plans(Workload(model.config, 64, 96, torch.float32, device="cpu"))
+    expected = sample(model, cond, edm_sigmas(2), noise=noise, schedule=found[0].schedule)
+    first = len(found[0].schedule.cells(Grid(2, 3), model.config.num_layers))
+    for cell in range(1, 3 * first + 1):
+        with monkeypatch.context() as patch:
+            fail_at(patch, cell)
+            freed: list[int] = []
+            adaptive = Adaptive(found, free_memory=partial(freed.append, 1))
+            before = adaptive.plan
+            caplog.clear()
+            result = sample(model, cond, edm_sigmas(2), noise=noise, retry=adaptive.call)
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+        assert adaptive.plan.peak_bytes < before.peak_bytes
+        assert len(freed) == 1
+        assert "out of memory with" in caplog.text
+
+
+def test_the_failed_attempt_is_let_go_before_the_next(monkeypatch):
+    """The tensors of the failed chunk must not live on in a traceback."""
+    model = golden_model("xs")
+    x, cond = random_condition(model, 4, 4)
+    found = plans(Workload(model.config, 128, 128, torch.float32, device="cpu"))
+    fail_at(monkeypatch, 2)
+    live_when_freed = []
+    with LiveBytes() as live:
+        adaptive = Adaptive(found, free_memory=lambda: live_when_freed.append(live.live))
+        adaptive.call(lambda schedule: model(x, torch.ones(1), cond, schedule))
+    assert live_when_freed[0] < 0.3 * live.peak
+
+
+def test_without_a_smaller_plan_the_error_is_raised(monkeypatch):
+    model = golden_model("xs")
+    x, cond = random_condition(model, 1, 1)
+    found = plans(Workload(model.config, 32, 32, torch.float32, device="cpu"))
+    smallest = min(found, key=lambda p: p.peak_bytes)
+    fail_at(monkeypatch, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        Adaptive([smallest]).call(lambda schedule: model(x, torch.ones(1), cond, schedule))
+
+
+def test_other_errors_are_not_taken_for_out_of_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert not is_out_of_memory(KeyboardInterrupt())
+
+
+def test_a_budget_chooses_the_first_plan_that_fits():
+    found = plans(Workload(RELEASED, 4096, 4096, torch.bfloat16))
+    assert Adaptive(found).plan is found[0]
+    assert Adaptive(found, 7e9).plan.peak_bytes <= 7e9
+    assert Adaptive(found, 1.0).plan.peak_bytes == min(p.peak_bytes for p in found)
