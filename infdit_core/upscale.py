@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .blocks.schedules import Schedule
 from .memory.adaptive import Adaptive, memory_budget
 from .memory.host import require_memory
-from .memory.planner import Workload, plans
+from .memory.planner import Workload, plans, small_plan
 from .network.condition import Condition
 from .network.config import LR_SCALE
 from .network.model import InfDiT
@@ -136,7 +136,8 @@ class Sampler:
         config, kind = self.model.config, weight.device.type
         work = Workload(config, height, width, weight.dtype, batch, kind)
         work = replace(work, residual=self.reuse_layers > 0)
-        return Adaptive(plans(work), self.memory_bytes or memory_budget(self.model))
+        memory = self.memory_bytes or memory_budget(self.model)
+        return Adaptive(lambda: plans(work), memory, first=small_plan(work, memory))
 
 
 @torch.no_grad()

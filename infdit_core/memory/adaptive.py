@@ -39,21 +39,28 @@ class Adaptive:
         memory_bytes: what may be taken; None for no limit. Where nothing fits, the smallest plan
             is tried all the same, because the estimate of free memory may be wrong.
         free_memory: called before another plan is tried, to give memory back to the device.
+        first: a plan that surely fits; then `plans`, a function that makes them, is called on out
+            of memory only.
     """
 
     def __init__(
         self,
-        plans: Sequence[Plan],
+        plans: Sequence[Plan] | Callable[[], Sequence[Plan]],
         memory_bytes: float | None = None,
         free_memory: Callable[[], None] | None = None,
+        first: Plan | None = None,
     ) -> None:
-        if not plans:
-            raise PlanError("expected at least one plan, got none")
-        fitting = [p for p in plans if memory_bytes is None or p.peak_bytes <= memory_bytes]
-        self._plans = list(plans)
+        self._make_plans = plans if callable(plans) else lambda: plans
         self._free_memory = free_memory or _free_cuda_memory
-        self.plan = fitting[0] if fitting else min(plans, key=lambda p: p.peak_bytes)
+        self.plan = first or self._fastest(memory_bytes)
         """The plan in use."""
+
+    def _fastest(self, memory_bytes: float | None) -> Plan:
+        found = self._make_plans()
+        if not found:
+            raise PlanError("expected at least one plan, got none")
+        fitting = [p for p in found if memory_bytes is None or p.peak_bytes <= memory_bytes]
+        return fitting[0] if fitting else min(found, key=lambda p: p.peak_bytes)
 
     def call(self, evaluate: Callable[[Schedule], T]) -> T:
         """What `evaluate` returns with the schedule of the plan, or of a smaller one."""
@@ -76,7 +83,7 @@ class Adaptive:
             self.plan = smaller[0]
 
     def _smaller(self, share: float) -> list[Plan]:
-        return [p for p in self._plans if p.peak_bytes < share * self.plan.peak_bytes]
+        return [p for p in self._make_plans() if p.peak_bytes < share * self.plan.peak_bytes]
 
 
 def memory_budget(net: InfDiT) -> float:

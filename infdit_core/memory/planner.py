@@ -41,6 +41,10 @@ _HOST_TOKENS_COST = 0.2
 _HOST_PICTURES_COST = 0.1
 _HOST_WEIGHTS_COST = 0.1
 """Guesses: moving tokens, pictures or weights between device and host, beside the computation."""
+_TOKEN_TENSORS, _PRIOR_TENSORS = 100, 10
+"""More tensors than are ever alive, of the tokens of a picture and of the features of a prior."""
+_SMALL_SHARE = 0.25
+"""Of the memory: what such a bound may take."""
 
 
 class PlanError(InfDiTError):
@@ -137,6 +141,23 @@ def plans(work: Workload) -> list[Plan]:
     found = candidates(work.grid, host=work.device != "cpu", weights=work.weights)
     made = [Plan(s, peak_bytes(work, s), host_bytes(work, s), _cost(work, s)) for s in found]
     return sorted(made, key=lambda p: (round(p.cost, 2), p.peak_bytes))
+
+
+def small_plan(work: Workload, memory_bytes: float) -> Plan | None:
+    """The fastest plan by a generous bound of its memory; None where that does not surely fit.
+
+    Measuring takes seconds, longer than a small picture itself.
+    """
+    tokens = work.grid.blocks * work.block_bytes
+    pixels = work.grid.blocks * work.config.block_px**2 * work.batch
+    prior = _PRIOR_TENSORS * work.config.prior_width * pixels // LR_SCALE**2 * work.dtype.itemsize
+    bound = max(_TOKEN_TENSORS * tokens, prior) + work.picture_bytes
+    bound += weight_bytes(work.config, work.dtype)
+    if bound > _SMALL_SHARE * memory_bytes:
+        return None
+    found = candidates(work.grid, host=False, weights=False)
+    fastest = min(found, key=lambda schedule: round(_cost(work, schedule), 2))
+    return Plan(fastest, int(bound), 0, _cost(work, fastest))
 
 
 def peak_bytes(work: Workload, schedule: Schedule) -> int:

@@ -8,6 +8,7 @@ import torch
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
+from infdit_core.memory import planner
 from infdit_core.memory.adaptive import Adaptive, is_out_of_memory
 from infdit_core.memory.live_bytes import LiveBytes
 from infdit_core.memory.planner import (
@@ -24,7 +25,7 @@ from infdit_core.network.config import RELEASED
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.network.run import Run
 from infdit_core.sampling import sample
-from tests.goldens import fail_at, golden_model, random_condition
+from tests.goldens import TINY_PRIOR, fail_at, golden_model, random_condition
 
 SCHEDULES = [
     Full(),
@@ -153,3 +154,15 @@ def test_a_budget_chooses_the_first_plan_that_fits():
     assert Adaptive(found).plan is found[0]
     assert Adaptive(found, 7e9).plan.peak_bytes <= 7e9
     assert Adaptive(found, 1.0).plan.peak_bytes == min(p.peak_bytes for p in found)
+
+
+@pytest.mark.parametrize("side", [32, 160, 512])
+def test_a_small_picture_needs_no_measuring(side, monkeypatch):
+    work = Workload(TINY_PRIOR, side, side, torch.float32, device="cpu")
+    measured = plans(work)
+    monkeypatch.setattr(planner, "_chunk_bytes", None)
+    small = planner.small_plan(work, 1e12)
+    assert small is not None
+    assert small.cost == measured[0].cost
+    assert small.peak_bytes >= max(p.peak_bytes for p in measured)
+    assert planner.small_plan(work, 3 * small.peak_bytes) is None
