@@ -21,7 +21,7 @@ from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
-from ...infdit_core.memory.adaptive import Adaptive
+from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
 from ...infdit_core.memory.planner import Plan, Workload, plans
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
@@ -182,7 +182,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
 
 def plan_evaluation(
     net: InfDiT, batch: int, height: int, width: int, dtype, device, *, residual: bool = False
-) -> list[Plan]:
+) -> tuple[Plan, ...]:
     """Plans for an evaluation; weights and pictures are ComfyUI's to count."""
     kind = torch.device(device).type
     work = Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=False)
@@ -202,7 +202,9 @@ class PlannedRun(Run):
                 net, batch, height, width, x.dtype, x.device, residual=self.cache is not None
             )
             free = memory_bytes or comfy.model_management.get_free_memory(x.device)
-            self.adaptive = Adaptive(found, free, comfy.model_management.soft_empty_cache)
+            self.adaptive = Adaptive(
+                found, free, comfy.model_management.soft_empty_cache, _is_out_of_memory
+            )
             logging.info("Inf-DiT: %d×%d px, %s", width, height, self.adaptive.plan)
         return self.adaptive
 
@@ -240,6 +242,11 @@ class DiffusionModel(torch.nn.Module):
         if (told := options.get(PLAN)) is not None:
             told(adaptive.plan)
         return adaptive.call(evaluate)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # core's comes first: it clears an error that CUDA reports late
+    return comfy.model_management.is_oom(error) or is_out_of_memory(error)
 
 
 def _interruptible(report):
