@@ -21,10 +21,14 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+_SAID_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+"""In what the CPU's allocator, CUDA's errors that come late, cuBLAS, cuDNN, MPS and XPU say."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; on the CPU torch raises a bare RuntimeError."""
+    """Whether an allocation failed: only some backends raise `torch.OutOfMemoryError`."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(s in str(error) for s in _SAID_OF_MEMORY)
     )
 
 
@@ -39,6 +43,7 @@ class Adaptive:
         memory_bytes: what may be taken; None for no limit. Where nothing fits, the smallest plan
             is tried all the same, because the estimate of free memory may be wrong.
         free_memory: called before another plan is tried, to give memory back to the device.
+        is_oom: tells from an exception whether memory ran out.
         first: a plan that surely fits; then `plans`, a function that makes them, is called on out
             of memory only.
     """
@@ -48,10 +53,11 @@ class Adaptive:
         plans: Sequence[Plan] | Callable[[], Sequence[Plan]],
         memory_bytes: float | None = None,
         free_memory: Callable[[], None] | None = None,
+        is_oom: Callable[[BaseException], bool] = is_out_of_memory,
         first: Plan | None = None,
     ) -> None:
         self._make_plans = plans if callable(plans) else lambda: plans
-        self._free_memory = free_memory or _free_cuda_memory
+        self._free_memory, self._is_oom = free_memory or _free_cuda_memory, is_oom
         self.plan = first or self._fastest(memory_bytes)
         """The plan in use."""
 
@@ -69,7 +75,7 @@ class Adaptive:
             try:
                 return evaluate(self.plan.schedule)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not self._is_oom(error):
                     raise
                 failure = error.with_traceback(None)
             smaller = self._smaller(_CLEARLY_SMALLER) or self._smaller(1.0)

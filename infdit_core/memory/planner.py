@@ -136,11 +136,12 @@ def plan(
     )
 
 
-def plans(work: Workload) -> list[Plan]:
+@lru_cache(maxsize=64)  # a sampling run of ComfyUI asks in every evaluation
+def plans(work: Workload) -> tuple[Plan, ...]:
     """All schedules worth considering, the fastest first."""
     found = candidates(work.grid, host=work.device != "cpu", weights=work.weights)
     made = [Plan(s, peak_bytes(work, s), host_bytes(work, s), _cost(work, s)) for s in found]
-    return sorted(made, key=lambda p: (round(p.cost, 2), p.peak_bytes))
+    return tuple(sorted(made, key=lambda p: (round(p.cost, 2), p.peak_bytes)))
 
 
 def small_plan(work: Workload, memory_bytes: float) -> Plan | None:

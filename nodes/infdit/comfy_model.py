@@ -22,8 +22,8 @@ from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.memory.adaptive import Adaptive
-from ...infdit_core.memory.planner import Plan, Workload, plans
+from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
+from ...infdit_core.memory.planner import Workload, plans, small_plan
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.config import InfDiTConfig
@@ -252,21 +252,21 @@ class InfDiTModel(comfy.model_base.BaseModel):
 
     def memory_required(self, input_shape, cond_shapes=None):
         """Bytes that sampling should find free: those of the leanest schedule that is fast."""
-        batch, _, height, width = input_shape
-        found = plan_evaluation(
-            self.diffusion_model.net, batch, height, width, self.get_dtype_inference(), self.device
-        )
+        net, dtype = self.diffusion_model.net, self.get_dtype_inference()
+        work = _workload(net, input_shape, dtype, self.device)
+        free = comfy.model_management.get_free_memory(self.device)
+        if work.device == "cpu" and (small := small_plan(work, free)) is not None:
+            return small.peak_bytes
+        found = plans(work)
         fast = [p.peak_bytes for p in found if p.cost <= _FAST_COST]
         return min(fast or [p.peak_bytes for p in found])
 
 
-def plan_evaluation(
-    net: InfDiT, batch: int, height: int, width: int, dtype, device, *, residual: bool = False
-) -> list[Plan]:
-    """Plans for an evaluation; weights and pictures are ComfyUI's to count."""
+def _workload(net: InfDiT, shape, dtype, device) -> Workload:
+    """An evaluation of x (B, 3, H, W); weights and pictures are ComfyUI's to count."""
+    batch, _, height, width = shape
     kind = torch.device(device).type
-    work = Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=False)
-    return plans(replace(work, residual=residual))
+    return Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=False)
 
 
 class PlannedRun(Run):
@@ -279,13 +279,17 @@ class PlannedRun(Run):
     def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
         """The fastest schedule for x (B, 3, H, W) that fits."""
         if self.adaptive is None:
-            batch, _, height, width = x.shape
-            found = plan_evaluation(
-                net, batch, height, width, x.dtype, x.device, residual=self.cache is not None
-            )
+            work = _workload(net, x.shape, x.dtype, x.device)
+            work = replace(work, residual=self.cache is not None)
             free = memory_bytes or comfy.model_management.get_free_memory(x.device)
-            self.adaptive = Adaptive(found, free, comfy.model_management.soft_empty_cache)
-            logging.info("Inf-DiT: %d×%d px, %s", width, height, self.adaptive.plan)
+            self.adaptive = Adaptive(
+                lambda: plans(work),
+                free,
+                comfy.model_management.soft_empty_cache,
+                _is_out_of_memory,
+                small_plan(work, free),
+            )
+            logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, self.adaptive.plan)
         return self.adaptive
 
 
@@ -347,6 +351,11 @@ def with_prior(model, canvas: Canvas) -> Canvas:
     comfy.model_management.load_models_gpu([model])
     dtype = model.model.get_dtype_inference()
     return computed_with_prior(canvas, model.model.infdit, model.load_device, dtype)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # core's comes first: it clears an error that CUDA reports late
+    return comfy.model_management.is_oom(error) or is_out_of_memory(error)
 
 
 def _interruptible(report):

@@ -144,7 +144,14 @@ def test_without_a_smaller_plan_the_error_is_raised(monkeypatch):
 def test_other_errors_are_not_taken_for_out_of_memory():
     assert is_out_of_memory(torch.OutOfMemoryError())
     assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    for said in (
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "MPS backend out of memory (MPS allocated: 9.0 GB)",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("size mismatch"))
     assert not is_out_of_memory(KeyboardInterrupt())
 
