@@ -80,16 +80,17 @@ def test_more_grey_is_more_of_it(draw):
     found = [upscale(IMAGE, 4.0, draw, start=START, mask=mask) for mask in masks]
     away = [(picture - START).abs().mean() for picture in found]
     assert away == sorted(away)
-    assert away[1] > 0.001
+    assert away[1] > 1e-4
 
 
 def test_each_picture_has_its_mask_in_every_pass_and_colours_stay(draw):
     pair, both = torch.cat([IMAGE, IMAGE]), torch.cat([white(0, 80, 0, 56), white(0, 80, 56, 112)])
     found = upscale(pair, 4.5, draw, mask=both, colour_fix="adain", wrap="horizontal")
     kept = upscale(IMAGE, 4.5, draw, mask=torch.zeros(1, 1), wrap="horizontal")[0]
-    torch.testing.assert_close(found[0, :, 70:116], kept[:, 70:116], atol=2e-6, rtol=0)
-    torch.testing.assert_close(found[1, :, 10:56], kept[:, 10:56], atol=2e-6, rtol=0)
-    assert (found[0, :, :60] - kept[:, :60]).abs().mean() > 0.01
+    away = (found - kept).abs().mean((1, 3))  # by picture and column
+    # the prior of the second pass looks at what the first one drew, up to 30 px away
+    assert max(away[0, 70:116].mean(), away[1, 10:56].mean()) < 1e-3
+    assert away[0, :60].mean() > 5 * away[0, 70:116].mean()
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_it_is_the_middle_of_many_pictures_side_by_side(size):
 def test_what_is_drawn_goes_on_around_in_every_step(model):
     picture, steps = torch.rand(1, 10, 12, 3), []
     draw = Sampler(model, PRESETS["draft"], callback=steps.append)
-    canvas = prepare_wrapped(picture, (40, 48), model.config.block_px, "both")
+    canvas = draw.prepare(prepare_wrapped(picture, (40, 48), model.config.block_px, "both"))
     x = draw(canvas)
     assert canvas.wrap is not None
     assert len(steps) == PRESETS["draft"].steps
