@@ -36,15 +36,10 @@ def main() -> None:
     parser.add_argument("--training", help="how a file of training.recipe was made, in words")
     args = parser.parse_args()
     if args.run.is_dir():
-        state = torch.load(args.run / STATE, map_location="cpu", weights_only=True)
-        config, weights = InfDiTConfig(**state["config"]), state["ema"]
-        notes = {
-            "infdit.training": json.dumps(state["settings"]),
-            "infdit.steps": str(state["step"]),
-        }
-    else:
-        config, weights = CONFIG, load_file(args.run)
-        notes = {"infdit.training": args.training or "training.recipe"}
+        export(args.run, args.out, args.commit)
+        return
+    config, weights = CONFIG, load_file(args.run)
+    notes = {"infdit.training": args.training or "training.recipe"}
     if args.toward:
         other = load_file(args.toward)
         weights = {key: value.lerp(other[key], args.share) for key, value in weights.items()}
@@ -53,7 +48,18 @@ def main() -> None:
     if args.preset:
         find_preset(AUTO, {AUTO_KEY: args.preset})  # fails now where it cannot be read
         notes[AUTO_KEY] = args.preset
-    export(config, weights, args.out, notes | {"infdit.commit": args.commit or _head()})
+    write(config, weights, args.out, notes | {"infdit.commit": args.commit or _head()})
+
+
+def export(run: Path, out: Path, commit: str | None = None) -> None:
+    """Convert the state file of a RUN of `training.train` to OUT."""
+    state = torch.load(run / STATE, map_location="cpu", weights_only=True)
+    notes = {
+        "infdit.training": json.dumps(state["settings"]),
+        "infdit.steps": str(state["step"]),
+        "infdit.commit": commit or _head(),
+    }
+    write(InfDiTConfig(**state["config"]), state["ema"], out, notes)
 
 
 def with_prior(
@@ -67,7 +73,7 @@ def with_prior(
     return weights | prior, replace(config, prior_width=width, prior_depth=depth)
 
 
-def export(
+def write(
     config: InfDiTConfig, weights: dict[str, Tensor], out: Path, notes: dict[str, str]
 ) -> None:
     """Write weights under the names of `InfDiT` to OUT, with `notes` in its metadata."""

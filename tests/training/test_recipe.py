@@ -80,7 +80,7 @@ def test_an_exported_file_has_the_other_prior_and_loads(tmp_path):
     weights = dict(InfDiT(TINY_PRIOR).state_dict())
     other = {f"prior.{k}": v for k, v in Prior(4, 1).state_dict().items()}
     weights, config = export.with_prior(weights, TINY_PRIOR, other)
-    export.export(config, weights, tmp_path / "m.safetensors", {})
+    export.write(config, weights, tmp_path / "m.safetensors", {})
     assert load_model(tmp_path / "m.safetensors").config.prior_width == 4
 
 
