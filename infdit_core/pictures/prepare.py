@@ -267,11 +267,11 @@ def check_sizes(image: Tensor, size: tuple[int, int]) -> None:
     """Raise PreparationError unless a picture can be made (height, width) of `size` at once."""
     source_size = image.shape[1], image.shape[2]
     if min(size) < 1:
-        raise PreparationError(f"expected a size of at least 1×1 px, got {size[0]}×{size[1]}")
+        raise PreparationError(f"expected a size of at least 1×1 px, got {size[1]}×{size[0]}")
     if any(target < side // MAX_SHRINK for target, side in zip(size, source_size, strict=True)):
         raise PreparationError(
             f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
-            f" {source_size[0]}×{source_size[1]} px, got {size[0]}×{size[1]}"
+            f" {source_size[1]}×{source_size[0]} px, got {size[1]}×{size[0]}"
         )
 
 
