@@ -22,7 +22,8 @@ from tools.comfy_server import ROOT
 from tools.environment import cache_dir
 from tools.make_workflows import BLUEPRINT, EXAMPLES_OF, MAX_WIDTH, START, SUBGRAPHS
 
-pytestmark = [pytest.mark.comfy, pytest.mark.browser]
+# slow: minutes, and a Chromium was seen to die of itself; run with `-m slow tests/browser`
+pytestmark = [pytest.mark.comfy, pytest.mark.browser, pytest.mark.slow]
 
 RUNNABLE = [START, "Before and after"]
 """Those that a CPU runs in seconds; the others are of the same nodes."""
