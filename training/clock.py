@@ -53,7 +53,7 @@ class Run:
         self.model = initialise(InfDiT(CONFIG))
         for path in args.start:
             self.model.load_state_dict(load_file(path), strict=False)
-        self.model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - its stubs lack memory_format alone
         self.judge = args.judge or self.out / "judge.safetensors"
         """File of the adversary that the stages share."""
         self.degraded = {

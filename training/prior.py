@@ -87,7 +87,7 @@ def main() -> None:
         prior.load_state_dict({k.removeprefix("prior."): v for k, v in state.items()})
     else:
         initialise_prior(prior)
-    prior.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    prior.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - its stubs lack it alone
     photos, numpy = Photos(args.photos / "train", args.crop), np.random.default_rng(args.seed)
     original = held_out(args.photos / "test")
     lr = reduce_bicubic(original)
