@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from infdit_core.network.prior import Prior, interpolate
 from training.data import Photos, reduce_bicubic
+from training.degrade_batch import reduce_realistic_batch
 from training.initial import initialise_prior
+from training.loss import gradient_dissimilarity
 from training.muon import cosine, optimizers
 
 L1_SHARE = 0.6
@@ -78,6 +80,8 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128, help="side of the crops in pixels")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=4e-3, help="of Muon; Adam takes half")
+    parser.add_argument("--real", type=float, default=0, help="share of batches degraded for real")
+    parser.add_argument("--edges", type=float, default=0, help="weight of gradient_dissimilarity")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -91,6 +95,8 @@ def main() -> None:
     photos, numpy = Photos(args.photos / "train", args.crop), np.random.default_rng(args.seed)
     original = held_out(args.photos / "test")
     lr = reduce_bicubic(original)
+    if args.real:
+        lr = reduce_realistic_batch(original, np.random.default_rng(0), group=1)
     average = copy.deepcopy(prior).requires_grad_(False)
     found = optimizers(prior.body.parameters(), prior, args.rate, args.rate / 2)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in found]
@@ -106,8 +112,13 @@ def main() -> None:
     while (part := (time.monotonic() - began) / (60 * args.minutes)) < 1:
         cosine(found, rates, step, part)
         crops = photos.batch(args.batch, numpy)
-        error = enlarged(prior, reduce_bicubic(crops)) - crops
+        real = numpy.random() < args.real
+        reduced = reduce_realistic_batch(crops, numpy, group=4) if real else reduce_bicubic(crops)
+        ours = enlarged(prior, reduced)
+        error = ours - crops
         loss = charbonnier(error) if part < L1_SHARE else 10 * error.square().mean()
+        if args.edges:
+            loss = loss + args.edges * gradient_dissimilarity(ours, crops).mean()
         loss.backward()
         for optimizer in found:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
