@@ -39,6 +39,7 @@ SCALE = 4
 _COMFYUI_PORT = 8188
 _PROGRESS_SECONDS = 10
 _TEST_SECONDS = 900
+_TEST_PROCESSES = 2
 
 
 def main() -> int:
@@ -118,6 +119,8 @@ def test(made: Environment, extra: list[str]) -> int:
     """Run pytest with the arguments `extra`; without -m, the slow and GPU tests stay out."""
     # pytest takes the last of a repeated option, so the caller's come after ours.
     defaults = ["-m", "not slow and not gpu", "--timeout", str(_TEST_SECONDS)]
+    if not any(a.startswith("-m") for a in extra):  # slow tests take the whole memory, one by one
+        defaults += ["-n", str(_TEST_PROCESSES), "--dist", "loadfile"]
     command = [made.python, "-m", "pytest", *defaults, *extra]
     # Networks of tests are so small that threads cost more than they give.
     return _call(command, ROOT, {"OMP_NUM_THREADS": "1"} | made.variables())

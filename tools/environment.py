@@ -30,6 +30,7 @@ TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TEST_TOOLS = (
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
+    "pytest-xdist==3.8.0",
     "setuptools==80.9.0",
     "hypothesis==6.155.2",
     "bandit==1.9.4",
