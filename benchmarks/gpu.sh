@@ -28,9 +28,10 @@ choices() { # bf16 is the baseline: an exact sampling in fp32 alone would take t
     run benchmarks.choices --photos "$photos" --device cuda --size 1024 --rounds 1
 }
 hidiffusion() { run benchmarks.hidiffusion --full-width --device cuda --dtype fp16 --sizes 1024 1536 2048 4096 --rounds 1; }
+comfyui() { run benchmarks.in_comfyui --device cuda --size 4096 --files "${TMPDIR:-/tmp}/infdit-random"; }
 quality() { run benchmarks.quality --photos "$photos" --device cuda --crop 2048 --out benchmarks/results/quality_2048.json; }
 
-for step in "${@:-tests baseline chunks compile large choices hidiffusion quality}"; do
+for step in "${@:-tests baseline chunks compile large choices hidiffusion comfyui quality}"; do
     for name in $step; do $name; done
 done
 exit $failed

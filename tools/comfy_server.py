@@ -127,6 +127,10 @@ class ComfyServer:
         """All that the server has printed so far."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
+    def system_stats(self) -> dict[str, Any]:
+        """What ComfyUI says of its devices and their memory."""
+        return self._json("/system_stats")
+
     def object_info(self, node: str | None = None) -> dict[str, Any]:
         """Schemas by node id: of all nodes, or of `node` alone (empty if there is none)."""
         return self._json(f"/object_info/{node}" if node else "/object_info")

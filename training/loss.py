@@ -75,8 +75,8 @@ def gradient_dissimilarity(ours: Tensor, original: Tensor) -> Tensor:
     """(B,) how unlike the edges of two pictures (B, 3, H, W) in [-1, 1] are: 0 for equal ones.
 
     One less the similarity of gradient magnitudes (Xue et al., arXiv 1308.3052), mean and deviation
-    over the picture at half the size. Where the mean of the posterior is flat, because an edge could
-    lie here or there, a squared error asks for a blur; this asks for an edge of the right strength.
+    over the picture at half the size. Where an edge could lie here or there, the mean of the
+    posterior, which a squared error asks for, is a blur; this asks for an edge of its strength.
     """
     slopes = ours.new_tensor([[1, 0, -1]] * 3) / 3
     kernel = torch.stack([slopes, slopes.T])[:, None]
