@@ -53,6 +53,13 @@ def schedule(text: str) -> Schedule:
     return LayerMajor(n, bool(found[3])) if found[1] == "layers" else BlockMajor(n)
 
 
+def schedules_for(config: InfDiTConfig, side: int) -> list[Schedule]:
+    """The orders worth comparing for side×side px, from all at once to a block at a time."""
+    line = side // config.block_px
+    found: list[Schedule] = [Full(), LayerMajor(line), BlockMajor(max(1, line // 4))]
+    return [*found, LayerMajor(1), BlockMajor(1)]
+
+
 _OPTIONS: dict[str, dict[str, Any]] = {
     "photos": {"type": Path, "required": True, "help": "what training.photos made"},
     "model": {"type": Path, "default": BUNDLED_MODEL},

@@ -18,22 +18,16 @@ from typing import Any
 
 import torch
 
-from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
+from infdit_core.blocks.schedules import Schedule
 from infdit_core.memory.adaptive import is_out_of_memory
 from infdit_core.memory.planner import Workload, evaluation_bytes, evaluation_flop
 from infdit_core.network.condition import Condition
-from infdit_core.network.config import DTYPES, LR_SCALE, InfDiTConfig
+from infdit_core.network.config import DTYPES, LR_SCALE
 from infdit_core.network.model import InfDiT
 from infdit_core.network.run import Run
 
 from . import common
 from .common import CONFIGS, RESULTS
-
-
-def schedules_for(config: InfDiTConfig, side: int) -> list[Schedule]:
-    line = Workload(config, side, side, torch.float32).grid.shorter
-    found: list[Schedule] = [Full(), LayerMajor(line), BlockMajor(max(1, line // 4))]
-    return [*found, LayerMajor(1), BlockMajor(1)]
 
 
 def measure(
@@ -130,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for compiled in {"no": [False], "yes": [True], "both": [False, True]}[args.compile]:
         if compiled:
             net.compile_layers()
-        for schedule in args.schedules or schedules_for(net.config, args.size):
+        for schedule in args.schedules or common.schedules_for(net.config, args.size):
             row: dict[str, Any] = {"schedule": str(schedule), "compiled": compiled}
             try:
                 row |= measure(net, args.size, schedule, args.rounds, compiled)

@@ -29,9 +29,18 @@ choices() { # bf16 is the baseline: an exact sampling in fp32 alone would take t
 }
 hidiffusion() { run benchmarks.hidiffusion --full-width --device cuda --dtype fp16 --sizes 1024 1536 2048 4096 --rounds 1; }
 comfyui() { run benchmarks.in_comfyui --device cuda --size 4096 --files "${TMPDIR:-/tmp}/infdit-random"; }
+release() { # beside the authors' own network, where INFDIT_RELEASE names a checkout of it
+    if [ -z "${INFDIT_RELEASE:-}" ]; then
+        echo "== release is left out: INFDIT_RELEASE names no checkout of the authors' repository"
+        return
+    fi
+    # their attention knows no fp32, and only there does an error say that both compute the same
+    run benchmarks.release --config released --device cuda --sizes 512 --rounds 1 --out benchmarks/results/release_cuda_fp32.json
+    run benchmarks.release --config released --device cuda --dtype bf16 --sizes 1024 2048 4096 --rounds 3
+}
 quality() { run benchmarks.quality --photos "$photos" --device cuda --crop 2048 --out benchmarks/results/quality_2048.json; }
 
-for step in "${@:-tests baseline chunks compile large choices hidiffusion comfyui quality}"; do
+for step in "${@:-tests baseline chunks compile large choices hidiffusion comfyui release quality}"; do
     for name in $step; do $name; done
 done
 exit $failed
