@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -78,6 +77,26 @@ def import_release(folder: Path, dtype: torch.dtype) -> tuple[ModuleType, dict[s
     return import_module("dit.model"), {"attention": used, "sat": import_module("sat").__version__}
 
 
+def build_ours(config: InfDiTConfig, dtype: torch.dtype, device: torch.device) -> InfDiT:
+    """Our network, with weights with which attention prefers some keys by far.
+
+    With those of `common.build` all keys weigh about the same: two segments that change places
+    change D by 1e-5, with these by 0.05.
+    """
+    net = common.build(
+        replace(config, rope_wrap=8 * IMAGE_SIZE // config.patch_size), dtype, device
+    )
+    torch.manual_seed(0)
+    for name, parameter in net.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.normal_(parameter, 1, 0.2)
+        elif name.endswith("weight"):
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        else:  # biases and what is added to queries and keys
+            nn.init.normal_(parameter, std=0.2)
+    return net
+
+
 def build_release(engine: Any, folder: Path, net: InfDiT) -> Any:
     """Their network with the sizes and weights of ours, by the arguments of their script."""
     config, weight = net.config, net.final.linear.weight
@@ -112,28 +131,12 @@ def build_release(engine: Any, folder: Path, net: InfDiT) -> Any:
     return theirs
 
 
-def spread(net: InfDiT) -> None:
-    """Weights with which attention prefers some keys by far.
-
-    With those of `common.build` all keys weigh about the same: two segments that change places
-    change D by 1e-5, with these by 0.05.
-    """
-    torch.manual_seed(0)
-    for name, parameter in net.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.normal_(parameter, 1, 0.2)
-        elif name.endswith("weight"):
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        else:  # biases and what is added to queries and keys
-            nn.init.normal_(parameter, std=0.2)
-
-
 def evaluations(
     net: InfDiT, theirs: Any, side: int, schedules: Sequence[Any]
 ) -> dict[str, Callable[..., Tensor]]:
     """What gives D (1, 3, side, side) by name: the release's, then ours in every order.
 
-    Ours share a run, unless they are called with another.
+    Ours share one run unless they are called with another; the release knows no runs.
     """
     weight = net.final.linear.weight
     generator = torch.Generator(weight.device).manual_seed(1)
@@ -177,8 +180,8 @@ def measure(
             expected = denoised
         elif expected is not None:
             difference = denoised - expected
-            rows[name]["error_max"] = float(difference.abs().max())
-            rows[name]["error_rms"] = float(difference.square().mean().sqrt())
+            rows[name]["error_max"] = float(f"{difference.abs().max():.2e}")
+            rows[name]["error_rms"] = float(f"{difference.square().mean().sqrt():.2e}")
     fitting = {name: run for name, run in evaluate.items() if "peak_bytes" in rows[name]}
     times = common.in_turn(fitting, rounds, device)
     for name, seconds in times.items():
@@ -191,13 +194,6 @@ def measure(
             row["min_of_release"] = round(min(seconds) / min(times[RELEASE]), 4)
             row["peak_of_release"] = round(row["peak_bytes"] / rows[RELEASE]["peak_bytes"], 4)
     return rows
-
-
-def network(config: InfDiTConfig, args: Namespace) -> InfDiT:
-    wrap = 8 * IMAGE_SIZE // config.patch_size
-    net = common.build(replace(config, rope_wrap=wrap), DTYPES[args.dtype], args.device)
-    spread(net)
-    return net
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -215,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cpu" and dtype != torch.float32:
         parser.error(f"the release computes {args.dtype} on a GPU only, expected --dtype fp32")
     module, runs_with = import_release(args.release, dtype)
-    net = network(CONFIGS[args.config], args)
+    torch.backends.cudnn.allow_tf32 = False  # as matmul does: in fp32 errors tell right from wrong
+    net = build_ours(CONFIGS[args.config], dtype, device)
     theirs = build_release(module.DiffusionEngine, args.release, net)
     result = common.header(args, "config", "dtype", "rounds", release=runs_with, sizes={})
     path = args.out or RESULTS / f"release_{device.type}.json"
