@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from infdit_core.network.config import DTYPES
-from tests.sdxl.make_sdxl_checkpoint import write_checkpoint
 from tools.comfy_server import ComfyError, ComfyServer, running_server
+from tools.sdxl_checkpoint import write_checkpoint
 from training.export import write
 
 from . import common

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from tests.reliability.workflows import node, pixels
-from tests.sdxl.make_sdxl_checkpoint import write_checkpoint
 from tools.comfy_server import ComfyServer, running_server
 from tools.make_workflows import API
+from tools.sdxl_checkpoint import write_checkpoint
 
 DISK_GB, MEMORY_GB = 8, 14
 LIMIT_SECONDS = 3600

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.sdxl.make_sdxl_checkpoint import checkpoint_tensors
+from tools.sdxl_checkpoint import checkpoint_tensors
 
 pytestmark = pytest.mark.comfy
 
