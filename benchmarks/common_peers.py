@@ -60,16 +60,14 @@ def _esrgan(top: float) -> Callable[[Path, torch.device], Upscaler]:
     """
 
     def read(package: Path, device: torch.device) -> Upscaler:
-        folder = "package/models/x4/"
-        with tarfile.open(package) as archive:
-            files = {
-                member.name: archive.extractfile(member).read()  # pyright: ignore[reportOptionalMemberAccess]
-                for member in archive
-                if member.isfile() and member.name.startswith(folder)
-            }
-        description = json.loads(files[f"{folder}model.json"])
-        names = [name for group in description["weightsManifest"] for name in group["paths"]]
-        model = LayersModel(description, b"".join(files[folder + name] for name in names))
+        inside = "package/models/x4"
+        with tempfile.TemporaryDirectory() as folder, tarfile.open(package) as archive:
+            chosen = [member for member in archive if member.name.startswith(inside)]
+            archive.extractall(folder, chosen, filter="data")
+            files = Path(folder, inside)
+            description = json.loads((files / "model.json").read_text())
+            names = [name for group in description["weightsManifest"] for name in group["paths"]]
+            model = LayersModel(description, b"".join((files / n).read_bytes() for n in names))
         model.to(device)
         return lambda lr: (model(lr.to(device) * top) / top).clamp(0, 1).cpu()
 

@@ -174,10 +174,9 @@ def test_tensorflow_network_is_read_by_value():
     kernel = np.zeros((1, 3, 2, 8), "<f4")  # height, width, in, out
     kernel[0, 2, 1] = np.arange(8) + 1  # of what is right of a pixel, in the channel of `in`
     bias = np.full(8, 10, "<f4")
+    config = {"layers": layers, "output_layers": [["out", 0, 0]]}
     description = {
-        "modelTopology": {
-            "model_config": {"config": {"layers": layers, "output_layers": [["out"]]}}
-        },
+        "modelTopology": {"model_config": {"config": config}},
         "weightsManifest": [{"paths": ["a", "b"], "weights": weights}],
     }
     model = LayersModel(description, kernel.tobytes() + bias.tobytes())
@@ -203,7 +202,7 @@ def test_no_photographs_is_an_error(tmp_path):
 def test_grid_shows_every_crop(monkeypatch, tmp_path):
     monkeypatch.setattr(quality_grid, "CENTRES_PX", {"a": (128, 128), "b": (130, 140)})
     photos = {name: np.full((300, 300, 3), 90, dtype=np.uint8) for name in "ab"}
-    quality_grid.draw(photos, [bicubic, bicubic], tmp_path / "grid.png")
+    quality_grid.draw(photos, {"bicubic": bicubic, "peer": bicubic}, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (976, 410)
+        assert grid.size == (584, 410)
         assert grid.getpixel((500, 300)) == (90, 90, 90)
