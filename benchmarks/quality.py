@@ -1,9 +1,10 @@
 """How good the pictures are: python -m benchmarks.quality --photos FOLDER [--crop PX]
 
-Takes the centre of every photograph of FOLDER/test, reduces it by 4, upscales it again with the
-model, with bicubic interpolation and with the upscalers whose packages lie in --peers (how to fetch
-them: `benchmarks.common_peers`), and compares all with the original. Needs piq and kornia; with
---lite0, what `training.features` wrote, also the distance of features of efficientnet-lite0.
+Takes the centre of every photograph of FOLDER/test, reduces it by 4 and upscales it again: with the
+model, with its prior alone (denoise 0), with bicubic interpolation, and with the upscalers whose
+packages lie in --peers (`benchmarks.common_peers` says how to fetch them). Compares all with the
+original. Needs piq and kornia; with --lite0, what `training.features` wrote, also the distance of
+features of efficientnet-lite0.
 Pictures that the result file already has, made by the same model and settings, are not made again.
 """
 
@@ -15,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +150,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         preset = Preset(solver, steps, consistency=preset.consistency)
     if args.consistency is not None:
         preset = preset._replace(consistency=args.consistency)
-    ours = upscaler(model, preset=preset, seed=args.seed, denoise=args.denoise)
-    upscalers = {"ours": ours, **read_peers(args.peers, args.device), "bicubic": bicubic}
+    ours = partial(upscaler, model, preset=preset, seed=args.seed)
+    upscalers = {"ours": ours(denoise=args.denoise)}
+    if model.prior is not None:
+        upscalers["prior"] = ours(denoise=0)
+    upscalers |= read_peers(args.peers, args.device) | {"bicubic": bicubic}
     clock = time.process_time if args.device.type == "cpu" else time.monotonic
     cells_px = model.config.block_px, model.config.patch_size
     lite0 = features.read(args.lite0) if args.lite0 else None
