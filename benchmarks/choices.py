@@ -1,9 +1,10 @@
 """What the inexact choices gain and cost: python -m benchmarks.choices --photos FOLDER
 
 For each choice (bf16, the presets, 8-bit layers, reuse of layers, together): seconds of a whole
-sampling beside the exact one's, in turn; max and rms of D against the exact one at three noise
-levels; PSNR of the final picture against the exact one. Exact is preset `exact` in --dtype. Writes
-benchmarks/results/choices_<device>.json after every row. With a GPU:
+upscaling beside the exact one's, in turn; max and rms of D against the exact one at three noise
+levels; PSNR of the final picture against the exact one and against the original. Exact is preset
+`exact` in --dtype, and for choices of preset `auto`, which draws another picture in fewer steps,
+`auto` in --dtype. Writes benchmarks/results/choices_<device>.json after every row. With a GPU:
 
     python -m benchmarks.choices --photos FOLDER --device cuda --size 2048
     python -m benchmarks.choices --device cuda --config released --dtype bf16 --size 1024 --rounds 1
@@ -24,19 +25,17 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, load_model
-from infdit_core.memory.planner import plan
-from infdit_core.network.condition import Condition
 from infdit_core.network.config import DTYPES
 from infdit_core.network.fp8 import use_fp8
-from infdit_core.network.residual_cache import ResidualCache
-from infdit_core.sampling import PRESETS, sample
-from training.data import Photos, condition, reduce_bicubic
+from infdit_core.sampling import AUTO, AUTO_KEY, find_preset
+from training.data import Photos
 
 from . import common
 from .common import CONFIGS, RESULTS
+from .common_photos import degrade, model_condition, upscaler
 
-LEVELS = (0.1, 1.0, 10.0)
-"""Sigmas at which D is compared."""
+LEVELS = (0.01, 0.1, 1.0)
+"""Sigmas at which D is compared, of the model's highest."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Choice:
 
 
 CHOICES = [
+    Choice(AUTO, bf16=True),
+    Choice(AUTO, bf16=True, fp8=True),
     Choice(bf16=True),
     Choice(bf16=True, fp8=True),
     Choice(bf16=True, reuse=0.5),
@@ -68,14 +69,11 @@ CHOICES = [
 ]
 
 
-def picture(folder: Path | None, side: int, device: torch.device) -> Condition:
-    """The condition of a held-out photograph, or of noise where there is none."""
+def picture(folder: Path | None, side: int) -> Tensor:
+    """A held-out photograph, or noise where there is none: (1, 3, side, side) in 0..1."""
     if folder is None:
-        original = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    else:
-        original = Photos(folder / "test", side).batch(1, np.random.default_rng(3))
-    cond = condition(reduce_bicubic(original))
-    return Condition(cond.concat.to(device), cond.lr.to(device))
+        return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return (Photos(folder / "test", side).batch(1, np.random.default_rng(3)) + 1) / 2
 
 
 def changed(exact: InfDiT, choice: Choice) -> InfDiT:
@@ -88,20 +86,10 @@ def changed(exact: InfDiT, choice: Choice) -> InfDiT:
     return model
 
 
-def run(model: InfDiT, cond: Condition, noise: Tensor, choice: Choice) -> Tensor:
-    """The picture, (1, 3, H, W) float32."""
-    preset, config = PRESETS[choice.preset], model.config
-    height, width = noise.shape[-2:]
-    weight = model.final.linear.weight
-    return sample(
-        model,
-        cond,
-        preset.sigmas(),
-        noise=noise,
-        solver=preset.solver,
-        schedule=plan(config, height, width, weight.dtype, float("inf"), device=weight.device.type),
-        cache=ResidualCache(round(choice.reuse * config.num_layers)) if choice.reuse else None,
-    ).clamp(-1, 1)
+def run(model: InfDiT, lr: Tensor, choice: Choice) -> Tensor:
+    """The picture, (1, 3, 4 h, 4 w) in 0..1, of a (1, 3, h, w)."""
+    reuse_layers = round(choice.reuse * model.config.num_layers)
+    return upscaler(model, preset=choice.preset, reuse_layers=reuse_layers)(lr)
 
 
 def compare(result: Tensor, expected: Tensor) -> dict[str, float]:
@@ -112,7 +100,8 @@ def compare(result: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 def psnr(result: Tensor, expected: Tensor) -> float:
-    return 10 * torch.log10(4 / (result - expected).square().mean()).item()
+    """In dB, of pictures in 0..1."""
+    return round(-10 * (result - expected).square().mean().log10().item(), 2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,34 +116,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         exact = common.build(CONFIGS[args.config], dtype, device)
     else:
         exact = load_model(args.model, device, dtype)
-    cond = picture(args.photos, args.size, device)
-    noise = torch.randn(cond.concat.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    original = picture(args.photos, args.size)
+    lr = degrade(original, "bicubic", "")
+    concat = model_condition(exact, lr * 2 - 1).concat
+    noise = torch.randn(concat.shape, generator=torch.Generator().manual_seed(0)).to(device)
     what = args.config or args.model.name
     result = common.header(args, model=what, dtype=args.dtype) | {"rows": []}
     name = f"choices_{device.type}" + (f"_{args.config}" if args.config else "")
 
-    def denoised(model: InfDiT, sigma: float) -> Tensor:
-        return model.denoise(cond.concat + sigma * noise, sigma, cond).float()
+    def denoised(model: InfDiT, level: float) -> Tensor:
+        sigma = level * exact.config.sigma_max
+        return model.denoise(concat + sigma * noise, sigma, model_condition(model, lr * 2 - 1))
 
-    expected = {sigma: denoised(exact, sigma) for sigma in LEVELS}
-    reference = run(exact, cond, noise, Choice())
+    expected = {level: denoised(exact, level).float() for level in LEVELS}
+    references = {"exact": Choice()}
+    if AUTO_KEY in exact.metadata:
+        references[AUTO] = Choice(AUTO)
+    drawn = {preset: run(exact, lr, choice) for preset, choice in references.items()}
+    result["psnr"] = {preset: psnr(picture, original) for preset, picture in drawn.items()}
     for choice in CHOICES:
         if args.only and choice.name not in args.only:
             continue
+        if choice.preset == AUTO and AUTO not in references:
+            continue  # it would be exact
+        to = choice.preset if choice.preset in references else "exact"
         model = changed(exact, choice)
-        drawn = run(model, cond, noise, choice)
-        d_error = {str(s): compare(denoised(model, s), d) for s, d in expected.items()}
+        found = run(model, lr, choice)
+        d_error = {str(s): compare(denoised(model, s).float(), d) for s, d in expected.items()}
         runs = {
-            "exact": partial(run, exact, cond, noise, Choice()),
-            "choice": partial(run, model, cond, noise, choice),
+            "exact": partial(run, exact, lr, references[to]),
+            "choice": partial(run, model, lr, choice),
         }
         seconds = common.in_turn(runs, args.rounds, device)
         row = {
             "choice": choice.name,
-            "evaluations": PRESETS[choice.preset].evaluations,
+            "evaluations": find_preset(choice.preset, exact.metadata).evaluations,
+            "compared_with": to,
             "d_error": d_error,
             "time_ratio": common.ratio(seconds["choice"], seconds["exact"]),
-            "psnr_to_exact": round(psnr(drawn, reference), 2),
+            "psnr_to_exact": psnr(found, drawn[to]),
+            "psnr": psnr(found, original),
         }
         result["rows"].append(row)
         print(row, flush=True)

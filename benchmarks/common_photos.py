@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infdit_core import InfDiT, upscale
+from infdit_core.network.condition import Condition
 from infdit_core.network.config import LR_SCALE
-from training.data import reduce_bicubic
+from training.data import condition, reduce_bicubic
 from training.degrade import reduce_realistic
 
 DEGRADATIONS = ("bicubic", "realesrgan")
@@ -60,6 +61,16 @@ def degrade(original: Tensor, degradation: str, name: str) -> Tensor:
 def bicubic(lr: Tensor) -> Tensor:
     """Enlarge by 4 with bicubic interpolation."""
     return F.interpolate(lr, scale_factor=LR_SCALE, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def model_condition(model: InfDiT, lr: Tensor) -> Condition:
+    """The condition for a (B, 3, h, w) in [-1, 1], with the picture of the prior, if any."""
+    weight = model.final.linear.weight
+    cond = condition(lr)
+    if model.prior is not None:
+        with torch.no_grad():
+            cond.concat = cond.concat + model.prior.bands(lr, weight.device, weight.dtype)
+    return Condition(cond.concat.to(weight.device), cond.lr.to(weight.device))
 
 
 def upscaler(model: InfDiT, **settings: Any) -> Upscaler:

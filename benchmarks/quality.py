@@ -1,8 +1,10 @@
 """How good the pictures are: python -m benchmarks.quality --photos FOLDER [--crop PX]
 
-Takes the centre of every photograph of FOLDER/test, reduces it by 4, upscales it again with the
-model and with bicubic interpolation, and compares both with the original. Needs piq and kornia;
-with --lite0, what `training.features` wrote, also the distance of features of efficientnet-lite0.
+Takes the centre of every photograph of FOLDER/test, reduces it by 4 and upscales it again: with the
+model, with its prior alone (denoise 0), with bicubic interpolation, and with the upscalers whose
+packages lie in --peers (`benchmarks.common_peers` says how to fetch them). Compares all with the
+original. Needs piq and kornia; with --lite0, what `training.features` wrote, also the distance of
+features of efficientnet-lite0.
 Pictures that the result file already has, made by the same model and settings, are not made again.
 """
 
@@ -12,15 +14,16 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from infdit_core import PRESETS, InfDiT, load_model
+from infdit_core import PRESETS, load_model
 from infdit_core.network.config import DTYPES
 from infdit_core.sampling import AUTO, SOLVERS, Preset, find_preset
 from training import features
@@ -29,6 +32,7 @@ from training.features import Lite0, distance
 from . import common
 from .common import RESULTS
 from .common_metrics import against_input, against_original, bars, borders, mean, passed
+from .common_peers import read_peers
 from .common_photos import (
     DEGRADATIONS,
     Upscaler,
@@ -40,58 +44,65 @@ from .common_photos import (
     upscaler,
 )
 
-METHODS = ("ours", "bicubic", "original")
-
 
 def measure(
-    name: str,
     original: Tensor,
-    degradation: str,
-    model: InfDiT,
-    upscale: Upscaler,
-    folder: Path | None,
+    lr: Tensor,
+    upscalers: Mapping[str, Upscaler],
+    cells_px: tuple[int, int],
+    clock: Callable[[], float] = time.process_time,
     lite0: Lite0 | None = None,
-) -> dict[str, Any]:
-    """One row of the result: the metrics of the model's picture and of bicubic enlargement."""
-    lr = degrade(original, degradation, name)
-    started = time.monotonic()
-    ours = upscale(lr)
-    row: dict[str, Any] = {"photo": name, "degradation": degradation}
-    row |= {"size": list(original.shape[-2:]), "seconds": round(time.monotonic() - started, 2)}
-    cells = model.config.block_px, model.config.patch_size
-    pictures = {"ours": ours, "bicubic": bicubic(lr), "original": original}
-    found = {method: borders(picture, *cells) for method, picture in pictures.items()}
-    for method in ("ours", "bicubic"):
-        found[method] |= against_original(pictures[method], original)
-        found[method] |= against_input(pictures[method], lr)
+    pictures: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """The metrics of every upscaler's picture by its name, and those of the original alone.
+
+    Args:
+        original: (1, 3, H, W).
+        lr: (1, 3, H/4, W/4), made of it.
+        cells_px: sides of the model's blocks and patches.
+        clock: for `seconds`; that of the CPU does not run while others compute there.
+        pictures: how paths to write the pictures to begin.
+    """
+    # bicubic interpolation knows no blocks, so what it has at their borders is the content's
+    by_content = borders(bicubic(lr), *cells_px)["block_borders"]
+    found = {"original": borders(original, *cells_px)}
+    for method, upscale in upscalers.items():
+        started = clock()
+        picture = upscale(lr)
+        seconds = clock() - started
+        found[method] = borders(picture, *cells_px)
+        found[method] |= against_original(picture, original) | against_input(picture, lr)
         if lite0 is not None:
-            seen = (lite0(picture * 2 - 1) for picture in (pictures[method], original))
+            seen = (lite0(image * 2 - 1) for image in (picture, original))
             found[method]["lite0"] = distance(*seen).item()
-        # bicubic interpolation knows no blocks, so what it has at their borders is the content's
-        by_content = found["bicubic"]["block_borders"]
         found[method]["block_seam"] = found[method]["block_borders"] / by_content - 1
-    for method, values in found.items():
-        row[method] = {key: round(value, 5) for key, value in values.items()}
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        to_image(ours[0]).save(folder / f"{name}_{degradation}.png")
-    return row
+        found[method]["seconds"] = seconds
+        if pictures:
+            pictures.parent.mkdir(parents=True, exist_ok=True)
+            to_image(picture[0]).save(f"{pictures}_{method}.png")
+    return {
+        method: {key: round(value, 5) for key, value in values.items()}
+        for method, values in found.items()
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and requirements by degradation."""
+    """Means and requirements by degradation; of what all photographs were upscaled with."""
     found = {}
     for degradation in DEGRADATIONS:
-        chosen = [row for row in rows if row["degradation"] == degradation]
+        chosen = [row["methods"] for row in rows if row["degradation"] == degradation]
         if not chosen:
             continue
-        means = {method: mean([row[method] for row in chosen]) for method in METHODS}
+        methods = [name for name in chosen[-1] if all(name in row for row in chosen)]
+        means = {method: mean([row[method] for row in chosen]) for method in methods}
         seams = [row["ours"]["block_seam"] for row in chosen]
         judged = bars(means["ours"], means["bicubic"], degradation)
         found[degradation] = {
             "photos": len(chosen),
-            "seconds": round(sum(row["seconds"] for row in chosen), 1),
-            **{method: {k: round(v, 5) for k, v in means[method].items()} for method in METHODS},
+            "means": {
+                method: {key: round(value, 5) for key, value in values.items()}
+                for method, values in means.items()
+            },
             "block_seam_error": round(float(np.std(seams) / len(seams) ** 0.5), 5),
             "bars": [asdict(bar) for bar in judged],
             "passed": passed(judged),
@@ -102,12 +113,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     """The table on the terminal."""
     for degradation, part in found.items():
-        print(f"\n{degradation}, {part['photos']} photographs, {part['seconds']:.0f} s")
-        print(f"  {'':16}" + "".join(f"{method:>10}" for method in METHODS))
-        for key in part["ours"]:
-            values = (part[method].get(key) for method in METHODS)
+        means = part["means"]
+        print(f"\n{degradation}, {part['photos']} photographs")
+        print(f"  {'':16}" + "".join(f"{method:>13}" for method in means))
+        for key in means["ours"]:
+            values = (means[method].get(key) for method in means)
             print(
-                f"  {key:16}" + "".join(f"{'' if v is None else round(v, 4):>10}" for v in values)
+                f"  {key:16}" + "".join(f"{'' if v is None else round(v, 4):>13}" for v in values)
             )
         print(f"  standard error of ours' block_seam: {part['block_seam_error']:.4f}")
         for bar in part["bars"]:
@@ -127,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--consistency", type=int, help="instead of the preset's")
     parser.add_argument("--lite0", type=Path, help="the features of a classifier to compare by")
+    parser.add_argument("--peers", type=Path, help="folder of other upscalers' packages")
     parser.add_argument("--pictures", type=Path, help="folder to write the results to, as PNG")
     args = common.parse(parser, argv)
     photos = read_photos(args.photos)
@@ -137,7 +150,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         preset = Preset(solver, steps, consistency=preset.consistency)
     if args.consistency is not None:
         preset = preset._replace(consistency=args.consistency)
-    upscale = upscaler(model, preset=preset, seed=args.seed, denoise=args.denoise)
+    ours = partial(upscaler, model, preset=preset, seed=args.seed)
+    upscalers = {"ours": ours(denoise=args.denoise)}
+    if model.prior is not None:
+        upscalers["prior"] = ours(denoise=0)
+    upscalers |= read_peers(args.peers, args.device) | {"bicubic": bicubic}
+    clock = time.process_time if args.device.type == "cpu" else time.monotonic
+    cells_px = model.config.block_px, model.config.patch_size
     lite0 = features.read(args.lite0) if args.lite0 else None
 
     settings = {  # what the pictures depend on
@@ -147,22 +166,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         "shares": list(preset.shares),
         **{name: getattr(args, name) for name in ("denoise", "seed", "crop", "dtype")},
     }
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     if args.out.exists() and (old := json.loads(args.out.read_text()))["settings"] == settings:
-        rows = old["rows"]
-    done = {(row["photo"], row["degradation"]) for row in rows}
+        rows = {(row["photo"], row["degradation"]): row for row in old["rows"]}
     result = common.header(args, settings=settings)
     for name in ("piq", "kornia", "pillow"):
         result["environment"][name] = importlib.metadata.version(name)
     for degradation in [args.degradation] if args.degradation else DEGRADATIONS:
         for name, photo in photos.items():
-            if (name, degradation) in done:
+            row = rows.setdefault(
+                (name, degradation), {"photo": name, "degradation": degradation, "methods": {}}
+            )
+            missing = {key: f for key, f in upscalers.items() if key not in row["methods"]}
+            if not missing:
                 continue
             original = centre(photo, args.crop)
-            rows.append(measure(name, original, degradation, model, upscale, args.pictures, lite0))
-            print(f"{degradation} {name}: {rows[-1]['seconds']} s", flush=True)
-            common.save(args.out, result | {"summary": summary(rows), "rows": rows})
-    show(summary(rows))
+            row["size"] = list(original.shape[-2:])
+            pictures = args.pictures / f"{name}_{degradation}" if args.pictures else None
+            lr = degrade(original, degradation, name)
+            row["methods"] |= measure(original, lr, missing, cells_px, clock, lite0, pictures)
+            print(f"{degradation} {name}", flush=True)
+            done = [*rows.values()]
+            common.save(args.out, result | {"summary": summary(done), "rows": done})
+    show(summary([*rows.values()]))
 
 
 if __name__ == "__main__":

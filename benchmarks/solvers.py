@@ -1,10 +1,10 @@
 """How few evaluations are enough: python -m benchmarks.solvers --photos FOLDER [--comfyui SOURCE]
 
-Samples test pictures with every solver, number of evaluations and spacing of sigmas, and measures
-the rms distance to Heun's method with 120 steps from the same noise, in 0..1 scale. With --comfyui
-the core samplers of that ComfyUI are measured beside our own. Other spacings than the release's are
-tried with the multistep solvers, and sigmas are optimised for ours, on other pictures. Writes
-solvers.json, after every row, and solvers.png to benchmarks/results.
+Samples test pictures with every solver, number of evaluations and spacing of sigmas, from the same
+noise, and measures the rms distance to Heun's method with 120 steps, in 0..1 scale, and the PSNR
+against the original. With --comfyui the core samplers of that ComfyUI are measured beside our own.
+The sigmas start where the model's do. Writes solvers.json, after every row, and solvers.png to
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, LayerMajor, edm_sigmas, load_model
-from infdit_core.edm import SIGMA_MAX, SIGMA_MIN
 from infdit_core.network.run import Run
-from infdit_core.sampling import SOLVERS
-from training.data import Photos, condition, reduce_bicubic
+from infdit_core.sampling import AUTO, AUTO_KEY, SOLVERS, find_preset
+from training.data import Photos, reduce_bicubic
 
 from . import common
 from .common import RESULTS
+from .common_photos import model_condition
 
 REFERENCE_STEPS = 120
 CORE_SAMPLERS = [
@@ -36,17 +36,11 @@ CORE_SAMPLERS = [
     "lms",
     "gradient_estimation",
 ]
-EVALUATIONS = [5, 6, 8, 10, 12, 16, 20]
-SPACINGS = {
-    "karras (rho 7)": lambda n: edm_sigmas(n),
-    "rho 5": lambda n: edm_sigmas(n, rho=5.0),
-    "rho 10": lambda n: edm_sigmas(n, rho=10.0),
-    "exponential": lambda n: edm_sigmas(n, rho=math.inf),
-}
+EVALUATIONS = [1, 2, 3, 4, 6, 8, 10, 12, 20]
+HEUN_EVALUATIONS = [1, 3, 5, 7, 9, 11, 19, 39]
+SPACINGS = {"karras (rho 7)": 7.0, "exponential": math.inf}
 SPACED = {"own multistep", "core ipndm", "core deis", "core dpmpp_2m"}
-OPTIMISED = [6, 12]
-"""Evaluations for which sigmas are optimised."""
-TRIALS = 40
+"""Measured with every spacing, the others with the first."""
 
 Draw = Callable[[Callable, Tensor, Tensor], Tensor]
 """From a denoiser, the noisy picture and sigmas to the picture."""
@@ -70,7 +64,7 @@ def core(name: str) -> Draw:
 
 
 class Measure:
-    """Distance to the reference on crops of 128 px.
+    """Distances on crops of 128 px.
 
     Args:
         model: the network.
@@ -79,16 +73,30 @@ class Measure:
     """
 
     def __init__(self, model: InfDiT, folder: Path, count: int) -> None:
-        pictures = Photos(folder, 128).batch(count, np.random.default_rng(2))
-        self._model, self._cond = model, condition(reduce_bicubic(pictures))
-        self._noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+        self._originals = Photos(folder, 128).batch(count, np.random.default_rng(2))
+        self._model = model
+        self._cond = model_condition(model, reduce_bicubic(self._originals))
+        shape = self._originals.shape
+        self._noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         self._run = Run()
-        self._reference = self._sampled(own("heun"), edm_sigmas(REFERENCE_STEPS))
+        sigmas = edm_sigmas(REFERENCE_STEPS, sigma_max=model.config.sigma_max)
+        self._reference = self._sampled(own("heun"), sigmas)
 
-    def error(self, run: Draw, sigmas: Tensor) -> tuple[float, float]:
-        """Root mean square and largest difference, for pictures in 0..1."""
-        error = (self._sampled(run, sigmas) - self._reference) / 2
-        return round(error.square().mean().sqrt().item(), 5), round(error.abs().max().item(), 4)
+    def reference(self) -> dict[str, float]:
+        """The PSNR of the reference."""
+        return {"psnr": self._psnr(self._reference)}
+
+    def errors(self, run: Draw, sigmas: Tensor) -> dict[str, float]:
+        """Root mean square and largest distance to the reference in 0..1, and the PSNR."""
+        drawn = self._sampled(run, sigmas)
+        error = (drawn - self._reference) / 2
+        rms, largest = error.square().mean().sqrt().item(), error.abs().max().item()
+        return {"rms": round(rms, 5), "max": round(largest, 4), "psnr": self._psnr(drawn)}
+
+    def _psnr(self, drawn: Tensor) -> float:
+        """Against the originals, in dB: the mean over the crops."""
+        squares = ((drawn - self._originals) / 2).square().mean((1, 2, 3))
+        return round(-10 * squares.log10().mean().item(), 2)
 
     def _sampled(self, run: Draw, sigmas: Tensor) -> Tensor:
         x = self._cond.concat + sigmas[0] * self._noise
@@ -99,32 +107,9 @@ class Measure:
         return self._model.denoise(x, sigma, self._cond, LayerMajor(16), run=self._run)
 
 
-def optimised(measure: Measure, run: Draw, steps: int, trials: int) -> Tensor:
-    """Sigmas by random search: steps in log sigma get longer or shorter than equal.
-
-    Keeps a change where it is better.
-    """
-    generator = np.random.default_rng(0)
-
-    def sigmas(shape: np.ndarray) -> Tensor:
-        length = np.exp(np.interp(np.linspace(0, 1, steps - 1), np.linspace(0, 1, 4), shape))
-        along = np.concatenate([[0.0], np.cumsum(length) / length.sum()])
-        levels = SIGMA_MAX * (SIGMA_MIN / SIGMA_MAX) ** along
-        return torch.tensor([*levels, 0.0], dtype=torch.float32)
-
-    best = np.zeros(4)
-    smallest = measure.error(run, sigmas(best))[0]
-    for trial in range(trials):
-        tried = best + generator.normal(size=4) * 0.6 * (1 - trial / trials)
-        error = measure.error(run, sigmas(tried))[0]
-        if error < smallest:
-            best, smallest = tried, error
-    return sigmas(best)
-
-
 def draw(rows: list[dict]) -> None:
     """Error against evaluations: a line for every solver with the release's spacing, and ours."""
-    first = next(iter(SPACINGS))
+    first, last = SPACINGS
 
     def points(solver: str, spacing: str) -> list[list[float]]:
         found = [row for row in rows if (row["solver"], row["spacing"]) == (solver, spacing)]
@@ -139,15 +124,13 @@ def draw(rows: list[dict]) -> None:
     ) as axes:
         for name in dict.fromkeys(row["solver"] for row in rows):
             axes.plot(*points(name, first), marker=".", label=name)
-        for spacing, style in (("exponential", "k.-"), ("optimised", "k*")):
-            label = f"own multistep, {spacing} sigmas"
-            axes.plot(*points("own multistep", spacing), style, label=label)
+        axes.plot(*points("own multistep", last), "k.-", label=f"own multistep, {last} sigmas")
+        axes.plot(*points("own euler", AUTO), "k*", label="preset auto")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.arguments("solvers", __doc__, "photos", "model", "comfyui")
     parser.add_argument("--count", type=int, default=4, help="crops of 128 px")
-    parser.add_argument("--trials", type=int, default=TRIALS, help="of sigmas, for each count")
     args = common.parse(parser, argv)
     runs = {f"own {name}": own(name) for name in SOLVERS}
     if args.comfyui:
@@ -155,27 +138,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs |= {f"core {name}": core(name) for name in CORE_SAMPLERS}
 
     model = load_model(args.model)
-    test, train = (Measure(model, args.photos / name, args.count) for name in ("test", "train"))
-    result = common.header(args, model=args.model.name) | {"rows": []}
+    sigma_max = model.config.sigma_max
+    measure = Measure(model, args.photos / "test", args.count)
+    result = common.header(args, model=args.model.name, sigma_max=sigma_max)
+    result |= {"reference": measure.reference(), "rows": []}
 
     def add(name: str, spacing: str, run: Draw, sigmas: Tensor, evaluations: int) -> None:
-        rms, largest = test.error(run, sigmas)
-        row = {"solver": name, "spacing": spacing, "evaluations": evaluations, "rms": rms}
-        row["max"] = largest
-        if spacing == "optimised":
-            row["sigmas"] = [round(s, 4) for s in sigmas.tolist()]
+        row = {"solver": name, "spacing": spacing, "evaluations": evaluations}
+        row |= measure.errors(run, sigmas)
         result["rows"].append(row)
         print(row, flush=True)
         common.save(RESULTS / "solvers.json", result)
 
+    if AUTO_KEY in model.metadata:
+        preset = find_preset(AUTO, model.metadata)
+        sigmas, run = preset.sigmas(sigma_max=sigma_max), own(preset.solver)
+        add(f"own {preset.solver}", AUTO, run, sigmas, preset.evaluations)
     for name, run in runs.items():
-        for spacing, sigmas in SPACINGS.items() if name in SPACED else [*SPACINGS.items()][:1]:
-            for evaluations in [*EVALUATIONS, 39] if name == "own heun" else EVALUATIONS:
+        for spacing, rho in SPACINGS.items() if name in SPACED else [*SPACINGS.items()][:1]:
+            for evaluations in HEUN_EVALUATIONS if name == "own heun" else EVALUATIONS:
                 steps = (evaluations + 1) // 2 if name == "own heun" else evaluations
-                add(name, spacing, run, sigmas(steps), evaluations)
-    for steps in OPTIMISED:
-        run = own("multistep")
-        add("own multistep", "optimised", run, optimised(train, run, steps, args.trials), steps)
+                add(
+                    name, spacing, run, edm_sigmas(steps, sigma_max=sigma_max, rho=rho), evaluations
+                )
     draw(result["rows"])
 
 

@@ -87,7 +87,7 @@ def multistep(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callba
     Adams-Bashforth with the weights of equal steps whatever the sigmas are, as pseudo numerical
     methods do (iPNDM: Liu et al., arXiv 2202.09778, Zhang and Chen, arXiv 2204.13902). With equal
     steps in log sigma it was nearer to the solution than methods that integrate a polynomial in
-    sigma or log sigma exactly (benchmarks/results/solvers.json).
+    sigma or log sigma exactly (benchmarks/results/solvers_without_prior.json).
     """
     history: list[Tensor] = []
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
@@ -132,7 +132,7 @@ PRESETS = {
     "draft": Preset("multistep", 6),
 }
 """What the release does, its error with a third of the evaluations, and a first look
-(benchmarks/results/solvers.json)."""
+(benchmarks/results/solvers_without_prior.json)."""
 
 SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler, "multistep": multistep}
 AUTO = "auto"

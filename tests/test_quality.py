@@ -23,7 +23,9 @@ from benchmarks.common_metrics import (
     borders,
     passed,
 )
+from benchmarks.common_peers import read_peers
 from benchmarks.common_photos import bicubic, degrade
+from benchmarks.common_tfjs import LayersModel
 
 BLOCK_PX, PATCH_PX = 32, 4
 
@@ -111,7 +113,7 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_command_keeps_finished_pictures(photos, capsys):
+def test_command_keeps_finished_pictures(photos, capsys, monkeypatch):
     out = photos / "out" / "quality.json"
     command = ["--photos", str(photos), "--crop", "180", "--solver", "euler", "--steps", "1"]
     command += ["--degradation", "bicubic", "--out", str(out)]
@@ -123,13 +125,73 @@ def test_command_keeps_finished_pictures(photos, capsys):
     assert result["summary"]["bicubic"]["photos"] == 2
     assert "limit" in capsys.readouterr().out
 
-    result["rows"][0]["seconds"] = -1.0  # a mark that a second run leaves
+    def marked() -> list[bool]:
+        rows = json.loads(out.read_text())["rows"]
+        return [row["methods"]["ours"]["seconds"] == -1.0 for row in rows]
+
+    result["rows"][0]["methods"]["ours"]["seconds"] = -1.0  # a mark that a second run leaves
     out.write_text(json.dumps(result | {"rows": result["rows"][:1]}))
     quality.main(command)
-    assert [row["seconds"] == -1.0 for row in json.loads(out.read_text())["rows"]] == [True, False]
+    assert marked() == [True, False]
+
+    peers = {"peer": lambda lr: bicubic(lr) / 2}
+    monkeypatch.setattr(quality, "read_peers", lambda *_: peers)
+    quality.main(command)  # another method joins them
+    assert marked() == [True, False]
+    means = json.loads(out.read_text())["summary"]["bicubic"]["means"]
+    assert means["peer"]["psnr"] < means["bicubic"]["psnr"]
 
     quality.main([*command, "--seed", "1"])  # other settings start afresh
-    assert all(row["seconds"] >= 0 for row in json.loads(out.read_text())["rows"])
+    assert marked() == [False, False]
+
+
+def layer(kind: str, name: str, *sources: str, **config: object) -> dict:
+    nodes = [[[source, 0, 0, {}] for source in sources]] if sources else []
+    return {
+        "class_name": kind,
+        "name": name,
+        "config": {"name": name} | config,
+        "inbound_nodes": nodes,
+    }
+
+
+def test_tensorflow_network_is_read_by_value():
+    """Kernels, the order of concatenated channels and of those that become pixels."""
+    convolution = {"strides": [1, 1], "padding": "same", "dilation_rate": [1, 1], "groups": 1}
+    layers = [
+        layer("InputLayer", "in"),
+        layer("Activation", "relu", "in", activation="relu"),
+        layer("Concatenate", "cat", "relu", "in", axis=3),
+        layer("Conv2D", "conv/1", "cat", activation="linear", **convolution),
+        layer("MultiplyBeta", "half", "conv/1", beta=0.5),
+        layer("Add", "sum", "half", "conv/1"),
+        layer("PixelShuffle4x", "out", "sum", scale=2),
+    ]
+    weights = [
+        {"name": "conv/1/kernel", "shape": [1, 3, 2, 8], "dtype": "float32"},
+        {"name": "conv/1/bias", "shape": [8], "dtype": "float32"},
+    ]
+    kernel = np.zeros((1, 3, 2, 8), "<f4")  # height, width, in, out
+    kernel[0, 2, 1] = np.arange(8) + 1  # of what is right of a pixel, in the channel of `in`
+    bias = np.full(8, 10, "<f4")
+    config = {"layers": layers, "output_layers": [["out", 0, 0]]}
+    description = {
+        "modelTopology": {"model_config": {"config": config}},
+        "weightsManifest": [{"paths": ["a", "b"], "weights": weights}],
+    }
+    model = LayersModel(description, kernel.tobytes() + bias.tobytes())
+    result = model(torch.tensor([[[[5.0, -2.0]]]]))[0]
+    n = torch.tensor([[[1, 3], [5, 7]], [[2, 4], [6, 8]]])  # 1 + 4 dy + 2 dx + colour
+    expected = torch.full((2, 2, 4), 15.0)
+    expected[:, :, :2] = 1.5 * (10 - 2 * n)
+    assert torch.equal(result, expected)
+
+
+def test_peers_are_found_by_their_packages(tmp_path):
+    cpu = torch.device("cpu")
+    assert read_peers(None, cpu) == {}
+    with pytest.raises(SystemExit, match="esrgan-thick"):
+        read_peers(tmp_path, cpu)
 
 
 def test_no_photographs_is_an_error(tmp_path):
@@ -140,7 +202,7 @@ def test_no_photographs_is_an_error(tmp_path):
 def test_grid_shows_every_crop(monkeypatch, tmp_path):
     monkeypatch.setattr(quality_grid, "CENTRES_PX", {"a": (128, 128), "b": (130, 140)})
     photos = {name: np.full((300, 300, 3), 90, dtype=np.uint8) for name in "ab"}
-    quality_grid.draw(photos, [bicubic, bicubic], tmp_path / "grid.png")
+    quality_grid.draw(photos, {"bicubic": bicubic, "peer": bicubic}, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (976, 410)
+        assert grid.size == (584, 410)
         assert grid.getpixel((500, 300)) == (90, 90, 90)
