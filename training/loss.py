@@ -75,8 +75,9 @@ def gradient_dissimilarity(ours: Tensor, original: Tensor) -> Tensor:
     """(B,) how unlike the edges of two pictures (B, 3, H, W) in [-1, 1] are: 0 for equal ones.
 
     One less the similarity of gradient magnitudes (Xue et al., arXiv 1308.3052), mean and deviation
-    over the picture at half the size. Where the mean of the posterior is flat, because an edge could
-    lie here or there, a squared error asks for a blur; this asks for an edge of the right strength.
+    over the picture at half the size. Where the mean of the posterior is flat, because an edge
+    could lie here or there, a squared error asks for a blur; this asks for an edge of the right
+    strength.
     """
     slopes = ours.new_tensor([[1, 0, -1]] * 3) / 3
     kernel = torch.stack([slopes, slopes.T])[:, None]
@@ -103,3 +104,17 @@ def border_jumps(error: Tensor, period_px: int) -> Tensor:
         jump = error.index_select(dim, lines) - error.index_select(dim, lines - 1)
         jumps.append(jump.square().mean(dim=(1, 2, 3)))
     return torch.stack(jumps).mean(dim=0)
+
+
+class Balance:
+    """Gradients of other losses made as long as that of the pixels, over some steps."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, Tensor] = {}
+        """By name, what a gradient is multiplied with."""
+
+    def __call__(self, name: str, gradient: Tensor, pixels: Tensor) -> Tensor:
+        ratio = pixels.norm() / (gradient.norm() + 1e-12)
+        kept = self.lengths.get(name, ratio)
+        self.lengths[name] = kept.lerp(ratio, 0.1)
+        return gradient * self.lengths[name]
