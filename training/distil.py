@@ -24,6 +24,7 @@ import argparse
 import json
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,12 +250,7 @@ class Distiller(Resumable):
 
 def recompute_layers(model: InfDiT) -> None:
     """Let a model keep what goes into a layer only, and compute the layer again for gradients."""
-    layer = model.layer
-
-    def again(*args: Any) -> Tensor:
-        return checkpoint(layer, *args, use_reentrant=False)
-
-    model.layer = again
+    model.layer = partial(checkpoint, model.layer, use_reentrant=False)  # type: ignore[assignment]
 
 
 def distil(

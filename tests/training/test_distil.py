@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infdit_core import InfDiTError, Sampler, load_model
+from infdit_core import InfDiTError, load_model
 from infdit_core.checkpoints.names import CLIP_PREFIX
+from infdit_core.sampling import AUTO, find_preset
 from tests.goldens import ASKED, TINY, TINY_PRIOR, golden, golden_path, random_tensors
 from training.distil import MODEL, Distiller, Settings, distil
 from training.plot import read_log
@@ -95,10 +96,10 @@ def test_the_file_asks_for_the_steps_it_was_made_for(checkpoints, photos, tmp_pa
     distil(tmp_path, run, stop_at=2, every=1, save_minutes=9, commit="abc")
     assert read_log(tmp_path / LOG)["step"].tolist() == [0, 1, 2]
     model = load_model(tmp_path / MODEL)
-    draw = Sampler(model)
-    assert draw.preset.solver == "euler"
-    assert draw.consistency == 1, "as the source's file asks"
-    sigmas = draw.preset.sigmas(1.0, model.config.sigma_max)
+    preset = find_preset(AUTO, model.metadata)
+    assert preset.solver == "euler"
+    assert preset.consistency == 1, "as the source's file asks"
+    sigmas = preset.sigmas(1.0, model.config.sigma_max)
     torch.testing.assert_close(sigmas, torch.tensor([0.5, 0.2, 0.05, 0]))
     assert model.metadata["license"] == "theirs"
     told = model.metadata["infdit.distilled"]
@@ -114,6 +115,7 @@ def test_a_model_with_clip_learns_with_its_embedding_and_keeps_its_tower(
     settings = replace(QUICK, checkpoint=checkpoints["clip"], crop_blocks=1, sigmas="40")
     run = Distiller(settings, photos, CPU)
     _, cond = run.pictures(torch.rand(2, 3, run.config.block_px, run.config.block_px), run.numpy)
+    assert cond.vector is not None
     torch.testing.assert_close(cond.vector.norm(dim=1), torch.ones(2))
     run.export(tmp_path / MODEL, "abc")
     kept = {k for k in load_file(tmp_path / MODEL) if k.startswith(CLIP_PREFIX)}
