@@ -2,7 +2,9 @@
 
 The student starts as the model itself and samples as the engine will, by Euler's method at the
 noise levels of --sigmas. From where a step of it begins, the frozen model solves its own ODE in
-many steps to where that step ends; the student's D is to be the one whose single step goes there.
+more steps to where that step ends; the student's D is to be the one whose single step goes there.
+More steps are those that the model's file asks for, where it does: a model that was tuned for few
+levels need not have a good ODE between them (the bundled one has not).
 
 That is progressive distillation (arXiv 2202.00512) in one round, on the student's own path as in
 DMD2 (arXiv 2405.14867), so that a later step knows what the earlier ones leave. It was chosen for
@@ -69,8 +71,8 @@ class Settings:
     """The model: a file, with a prior or without."""
     sigmas: str = "40,6.5,1.7,0.5"
     """Noise levels of the student's steps; the first is where the model's sampling starts."""
-    teacher_steps: int = 4
-    """Of Heun's method, to each of the student's."""
+    teacher_steps: int = 0
+    """Of Heun's method, to each of the student's; 0 for what the file asks for, else 4."""
     crop_blocks: int = 4
     """Side of a crop in blocks."""
     batch_size: int = 4
@@ -197,12 +199,22 @@ class Distiller(Resumable):
 
     def solved(self, x: Tensor, cond: Condition, n: int) -> Tensor:
         """Where the teacher's ODE leads from x, (B, 3, H, W), over step n of the student's."""
-        count, sigma = self.settings.teacher_steps, self.levels[n]
-        if n + 1 < len(self.levels):  # ends at the next level; the 0 behind it is left out
-            sigmas = edm_sigmas(count + 1, self.levels[n + 1], sigma)[:-1]
-        else:
-            sigmas = edm_sigmas(count, min(SIGMA_MIN, sigma), sigma)
-        return sample(self.teacher, cond, sigmas, noise=torch.zeros_like(x), start=x)
+        solver, sigmas = self.path(n)
+        nothing = torch.zeros_like(x)
+        return sample(self.teacher, cond, sigmas, noise=nothing, start=x, solver=solver)
+
+    def path(self, n: int) -> tuple[str, Tensor]:
+        """Solver and noise levels of the teacher over step n of the student's."""
+        count, (sigma, following) = self.settings.teacher_steps, [*self.levels, 0.0][n : n + 2]
+        own = find_preset(AUTO, self.model.metadata)
+        if own.shares and not count:
+            levels = own.sigmas(sigma_max=self.config.sigma_max).tolist()
+            between = [level for level in levels if following < level < sigma]
+            return own.solver, torch.tensor([sigma, *between, following])
+        count = count or 4
+        if following:  # ends there; the 0 behind it is left out
+            return "heun", edm_sigmas(count + 1, following, sigma)[:-1]
+        return "heun", edm_sigmas(count, min(SIGMA_MIN, sigma), sigma)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

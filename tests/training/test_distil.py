@@ -56,6 +56,16 @@ def test_few_steps_come_nearer_to_many_steps_of_the_model(checkpoints, photos, k
     assert run.measure()["off"] < 0.85 * before
 
 
+def test_the_teacher_samples_as_its_file_asks(checkpoints, photos):
+    settings = replace(QUICK, checkpoint=checkpoints["residuals"], sigmas="0.5", teacher_steps=0)
+    solver, sigmas = Distiller(settings, photos, CPU).path(0)
+    assert (solver, sigmas.tolist()) == ("euler", [0.5, 0.125, 0])
+    run = Distiller(replace(settings, sigmas="0.5,0.05", teacher_steps=2), photos, CPU)
+    solver, sigmas = run.path(0)
+    assert solver == "heun"
+    assert sigmas.tolist()[::2] == pytest.approx([0.5, 0.05])
+
+
 def test_resuming_equals_never_stopping(checkpoints, photos, tmp_path, lite0_file):
     settings = replace(QUICK, checkpoint=checkpoints["pictures"], features=str(lite0_file))
     whole = Distiller(settings, photos, CPU)
