@@ -80,3 +80,17 @@ def condition(lr: Tensor, origin: tuple[int, int] = (0, 0)) -> Condition:
         lr, scale_factor=LR_SCALE, mode="bicubic", antialias=True, align_corners=False
     )
     return Condition(concat.clamp(-1, 1), lr, origin=origin)
+
+
+def random_origin(
+    generator: np.random.Generator, block_patches: int, blocks: int = 256
+) -> tuple[int, int]:
+    """Random rotary start positions, whole blocks, so that a crop is like any other place."""
+    row, column = (int(n) * block_patches for n in generator.integers(blocks, size=2))
+    return row, column
+
+
+def middle(x: Tensor, edge: int) -> Tensor:
+    """A (..., H, W) without the `edge` pixels along each side."""
+    height, width = x.shape[-2:]
+    return x[..., edge : height - edge, edge : width - edge].contiguous()

@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infdit_core.network.config import LR_SCALE
+from training.data import reduce_bicubic
 
 Range = tuple[float, float]
+
+DEGRADATIONS = ("bicubic", "realesrgan", "mixed")
 
 JPEG_QUALITY = (30, 95)
 GREY_NOISE = 0.4
@@ -44,6 +47,18 @@ class Stage:
 
 FIRST = Stage(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0))
 SECOND = Stage(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5))
+
+
+def reduce_as(degradation: str, pictures: Tensor, generator: np.random.Generator) -> Tensor:
+    """LR pictures by one of `DEGRADATIONS`; of a mixed batch the first half is reduced bicubic."""
+    count = {"bicubic": len(pictures), "realesrgan": 0, "mixed": (len(pictures) + 1) // 2}
+    bicubic, realistic = pictures.tensor_split([count[degradation]])
+    parts = []
+    if len(bicubic):
+        parts.append(reduce_bicubic(bicubic))
+    if len(realistic):
+        parts.append(reduce_realistic(realistic, generator))
+    return torch.cat(parts)
 
 
 def reduce_realistic(pictures: Tensor, generator: np.random.Generator) -> Tensor:

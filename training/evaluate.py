@@ -20,7 +20,7 @@ from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
 from training.data import Photos, condition, reduce_bicubic
 from training.degrade import reduce_realistic
-from training.train import STATE
+from training.resumable import STATE
 
 SIGMAS = (0.05, 0.15, 0.4, 1.0, 3.0, 40.0)
 REDUCE: dict[str, Callable[[Tensor], Tensor]] = {

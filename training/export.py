@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +22,13 @@ from infdit_core.network.config import InfDiTConfig
 from infdit_core.sampling import AUTO, AUTO_KEY, find_preset
 from infdit_core.whole_files import whole_file
 from training.clock import CONFIG
-from training.train import STATE
+from training.resumable import STATE
+
+OURS = {
+    "infdit.data": "training/photos.tsv and comfyui-workflow-templates-media-*",
+    "license": "Apache-2.0",
+}
+"""Metadata of models that are trained here from random weights."""
 
 
 def main() -> None:
@@ -39,7 +46,7 @@ def main() -> None:
         export(args.run, args.out, args.commit)
         return
     config, weights = CONFIG, load_file(args.run)
-    notes = {"infdit.training": args.training or "training.recipe"}
+    notes = OURS | {"infdit.training": args.training or "training.recipe"}
     if args.toward:
         other = load_file(args.toward)
         weights = {key: value.lerp(other[key], args.share) for key, value in weights.items()}
@@ -48,16 +55,16 @@ def main() -> None:
     if args.preset:
         find_preset(AUTO, {AUTO_KEY: args.preset})  # fails now where it cannot be read
         notes[AUTO_KEY] = args.preset
-    write(config, weights, args.out, notes | {"infdit.commit": args.commit or _head()})
+    write(config, weights, args.out, notes | {"infdit.commit": args.commit or head()})
 
 
 def export(run: Path, out: Path, commit: str | None = None) -> None:
     """Convert the state file of a RUN of `training.train` to OUT."""
     state = torch.load(run / STATE, map_location="cpu", weights_only=True)
-    notes = {
+    notes = OURS | {
         "infdit.training": json.dumps(state["settings"]),
         "infdit.steps": str(state["step"]),
-        "infdit.commit": commit or _head(),
+        "infdit.commit": commit or head(),
     }
     write(InfDiTConfig(**state["config"]), state["ema"], out, notes)
 
@@ -74,23 +81,30 @@ def with_prior(
 
 
 def write(
-    config: InfDiTConfig, weights: dict[str, Tensor], out: Path, notes: dict[str, str]
+    config: InfDiTConfig,
+    weights: dict[str, Tensor],
+    out: Path,
+    notes: Mapping[str, str],
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights under the names of `InfDiT` to OUT, with `notes` in its metadata."""
-    weights = release_state_dict(weights, config)
+    """Write weights under the names of `InfDiT` to OUT, with `notes` in its metadata.
+
+    Args:
+        others: tensors that go with them under the release's names, such as a CLIP tower.
+    """
+    weights = {**release_state_dict(weights, config), **(others or {})}
     metadata = {
+        **notes,
         "format": "pt",
         "infdit.config": json.dumps(asdict(config)),
         "infdit.dtype": "bf16",
-        "infdit.data": "training/photos.tsv and comfyui-workflow-templates-media-*",
-        "license": "Apache-2.0",
-        **notes,
     }
     with whole_file(out) as file:
         file.write(save({k: v.bfloat16().contiguous() for k, v in weights.items()}, metadata))
 
 
-def _head() -> str:
+def head() -> str:
+    """The commit of this checkout."""
     command = ["git", "rev-parse", "HEAD"]
     root = Path(__file__).parent
     return subprocess.run(

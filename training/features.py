@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from training.loss import Balance
+
 _BLOCKS = ((1, 3, 1), (6, 3, 2), (6, 3, 1), (6, 5, 2), (6, 5, 1), (6, 3, 2), (6, 3, 1))
 """Expansion, kernel and stride of each block."""
 _TAPS = {1: 96, 2: 144, 4: 240, 6: 480}
@@ -112,6 +114,52 @@ def hinge(real: list[Tensor], fake: list[Tensor]) -> Tensor:
 def deceive(fake: list[Tensor]) -> Tensor:
     """The generator's loss."""
     return -torch.stack([f.mean() for f in fake]).mean()
+
+
+class Adversary:
+    """A judge on features that learns while it judges. Pictures are (B, 3, H, W) in [-1, 1]."""
+
+    RATE = 5e-4
+
+    def __init__(self, lite0: Lite0, device: torch.device) -> None:
+        self.lite0 = lite0.to(device)
+        self.judge = Discriminator().to(device)
+        self.optimizer = torch.optim.Adam(self.judge.parameters(), self.RATE, betas=(0.0, 0.99))
+        self.balance = Balance()
+
+    def gradient(self, ours: Tensor, pixels: Tensor) -> Tensor:
+        """Where our pictures would look more like photographs, about as long as `pixels`."""
+        self.judge.requires_grad_(False)
+        with torch.enable_grad():
+            ours = ours.detach().requires_grad_(True)
+            loss = deceive(self.judge(ours, self.lite0(ours)))
+        (found,) = torch.autograd.grad(loss, ours)
+        return self.balance("adversary", found, pixels)
+
+    def learn(self, originals: Tensor, ours: Tensor) -> Tensor:
+        """Let the judge learn from photographs and from our pictures; its loss."""
+        self.judge.requires_grad_(True)
+        with torch.no_grad():
+            seen, aim = self.lite0(ours), self.lite0(originals)
+        loss = hinge(self.judge(originals, aim), self.judge(ours.detach(), seen))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def state(self) -> dict:
+        """All that the next step depends on."""
+        return {
+            "judge": self.judge.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lengths": self.balance.lengths,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a `state`."""
+        self.judge.load_state_dict(state["judge"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.balance.lengths = state["lengths"]
 
 
 def fold(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -103,3 +103,17 @@ def border_jumps(error: Tensor, period_px: int) -> Tensor:
         jump = error.index_select(dim, lines) - error.index_select(dim, lines - 1)
         jumps.append(jump.square().mean(dim=(1, 2, 3)))
     return torch.stack(jumps).mean(dim=0)
+
+
+class Balance:
+    """Gradients of other losses made as long as that of the pixels, over some steps."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, Tensor] = {}
+        """By name, what a gradient is multiplied with."""
+
+    def __call__(self, name: str, gradient: Tensor, pixels: Tensor) -> Tensor:
+        ratio = pixels.norm() / (gradient.norm() + 1e-12)
+        kept = self.lengths.get(name, ratio)
+        self.lengths[name] = kept.lerp(ratio, 0.1)
+        return gradient * self.lengths[name]

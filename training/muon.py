@@ -83,3 +83,11 @@ def cosine(
     for optimizer, start in zip(found, rates, strict=True):
         for group, rate in zip(optimizer.param_groups, start, strict=True):
             group["lr"] = rate * ramp * (0.005 + 0.995 * wave)
+
+
+def warm_cosine(rate: float, step: int, warmup_steps: int, total_steps: int) -> float:
+    """The rate of a step: linear warm-up, then half a cosine to a hundredth."""
+    if step < warmup_steps:
+        return rate * (step + 1) / warmup_steps
+    part = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return rate * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1, part))) / 2)

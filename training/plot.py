@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.train import LOG
+from training.resumable import LOG
 
 SMOOTH_ROWS = 5
 

@@ -35,8 +35,8 @@ from infdit_core.network.model import InfDiT
 from infdit_core.network.prior import interpolate
 from training import features
 from training.clock import CONFIG, CROP_PX, Run, Stage
-from training.data import local_variance
-from training.loss import border_jumps, loss_weight
+from training.data import local_variance, middle, random_origin
+from training.loss import Balance, border_jumps, loss_weight
 from training.muon import optimizers
 from training.prior import charbonnier, enlarged, gain
 
@@ -92,15 +92,12 @@ def windows(run: Run, count: int, real: bool) -> tuple[Tensor, Condition]:
     with torch.no_grad(), run.autocast():
         prior = enlarged(run.prior, lr)
     edge = (CROP_PX - WINDOW_PX) // 2
-    inner = slice(edge, edge + WINDOW_PX)
-    small = slice(edge // LR_SCALE, (edge + WINDOW_PX) // LR_SCALE)
-    row, column = (int(n) * CONFIG.block_patches for n in run.numpy.integers(256, size=2))
     cond = Condition(
-        prior[..., inner, inner].contiguous(),
-        lr[..., small, small].contiguous(),
-        origin=(row, column),
+        middle(prior, edge),
+        middle(lr, edge // LR_SCALE),
+        origin=random_origin(run.numpy, CONFIG.block_patches),
     )
-    return original[..., inner, inner].contiguous(), cond
+    return middle(original, edge), cond
 
 
 def matrices(model: InfDiT) -> list[nn.Parameter]:
@@ -168,19 +165,6 @@ def two_evaluations(model: InfDiT, cond: Condition, noise: Tensor, dial: Tensor)
     x = cond.concat + sigma[:, None, None, None] * noise
     first = model.denoise(x, sigma, cond)
     return model.denoise(first + SECOND_SIGMA * (x - first), SECOND_SIGMA * sigma, cond)
-
-
-class Balance:
-    """Gradients of other losses made as long as that of the pixels, over some steps."""
-
-    def __init__(self) -> None:
-        self._lengths: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, gradient: Tensor, pixels: Tensor) -> Tensor:
-        ratio = pixels.norm() / (gradient.norm() + 1e-12)
-        kept = self._lengths.get(name, ratio)
-        self._lengths[name] = kept.lerp(ratio, 0.1)
-        return gradient * self._lengths[name]
 
 
 def train_detail(run: Run, name: str, deadline: float, real: bool) -> None:

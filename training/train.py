@@ -7,11 +7,8 @@ a folder; calling again with the same one resumes after a kill without loss.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import logging
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -20,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from infdit_core.blocks.schedules import Full
 from infdit_core.checkpoints.load import load_model
@@ -29,16 +26,14 @@ from infdit_core.network.condition import Condition
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
 from infdit_core.sampling import sample
-from infdit_core.whole_files import whole_file
-from training.data import Photos, condition, reduce_bicubic
-from training.degrade import reduce_realistic
+from training.data import Photos, condition, random_origin, reduce_bicubic
+from training.degrade import DEGRADATIONS, reduce_as
 from training.initial import initialise, look_at_input
 from training.loss import edm_losses, local_weight, objective
+from training.muon import warm_cosine
+from training.resumable import LOG, STATE, Resumable, add_row, add_settings, steps
 
-STATE = "state.pt"
-LOG = "log.csv"
 SAMPLE_SEED = 1
-DEGRADATIONS = ("bicubic", "realesrgan", "mixed")
 OPTIMIZERS = ("adamw", "muon")
 CHANGEABLE = ("total_steps", "p_mean", "p_std", "local_weight", "border_weight")
 """Settings that are taken from the command line when a run is resumed."""
@@ -94,64 +89,52 @@ class Settings:
         )
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine to a hundredth."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        part = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1, part))) / 2)
+        """Of a step, as of `warm_cosine`."""
+        return warm_cosine(self.learning_rate, step, self.warmup_steps, self.total_steps)
 
 
-class Trainer:
+class Trainer(Resumable):
     """The state of a run and one step of it."""
 
+    settings: Settings
+
     def __init__(self, settings: Settings, photos: Photos, device: torch.device) -> None:
-        self.settings, self.photos, self.device = settings, photos, device
+        self.photos, self.device = photos, device
         torch.manual_seed(settings.seed)
         if settings.checkpoint:
-            self.model = load_model(settings.checkpoint, device).train().requires_grad_(True)
+            model = load_model(settings.checkpoint, device).train().requires_grad_(True)
             if settings.fresh_positions:
-                look_at_input(self.model)
+                look_at_input(model)
         else:
-            self.model = initialise(InfDiT(settings.config)).to(device)
-        self.config = self.model.config
+            model = initialise(InfDiT(settings.config)).to(device)
         if device.type == "cpu":
-            self.model.attend = explicit_attention
-        if settings.crop_px % self.config.block_px:
+            model.attend = explicit_attention
+        if settings.crop_px % model.config.block_px:
             raise ValueError(
-                f"crop_px: expected a multiple of the block side {self.config.block_px},"
+                f"crop_px: expected a multiple of the block side {model.config.block_px},"
                 f" got {settings.crop_px}"
             )
-        self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.optimizers = optimizers(self.model, settings)
-        self.numpy = np.random.default_rng(settings.seed)
-        self.torch = torch.Generator().manual_seed(settings.seed)
-        self.step = 0
+        super().__init__(settings, model, optimizers(model, settings), settings.seed)
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One update. Returns the sigmas (B,) and the weighted losses (B,)."""
         settings = self.settings
         picture = self.photos.batch(settings.batch_size, self.numpy)
-        cond, kept = self._drop(condition(self._reduce(picture), self._origin()))
+        lr = reduce_as(settings.degradation, picture, self.numpy)
+        origin = random_origin(self.numpy, self.config.block_patches, settings.max_origin_blocks)
+        cond, kept = self._drop(condition(lr, origin))
         normal = stratified_normal(settings.batch_size, self.torch)
         sigma = (settings.p_mean + settings.p_std * normal).exp()
         noise = torch.randn(picture.shape, generator=self.torch)
         noisy = picture + sigma[:, None, None, None] * noise
 
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
             denoised = self.model.denoise(
                 noisy.to(self.device), sigma.to(self.device), self._to_device(cond), Full()
             )
         error = denoised.float() - picture.to(self.device)
         self._objective(error, sigma.to(self.device), cond, kept).mean().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self._average()
+        self.update(settings.rate(self.step), settings.grad_clip, settings.ema_decay)
         return sigma, edm_losses(error.detach().cpu(), sigma)
 
     def _objective(self, error: Tensor, sigma: Tensor, cond: Condition, kept: Tensor) -> Tensor:
@@ -160,23 +143,6 @@ class Trainer:
             known = (local_weight(cond.lr) * kept[:, None, None, None]).to(self.device)
         borders = self.config.patch_size, self.config.block_px
         return objective(error, sigma, known, borders, self.settings.border_weight)
-
-    def _reduce(self, picture: Tensor) -> Tensor:
-        """The LR pictures; of a mixed batch the first half is reduced bicubic."""
-        count = {"bicubic": len(picture), "realesrgan": 0, "mixed": (len(picture) + 1) // 2}
-        bicubic, realistic = picture.tensor_split([count[self.settings.degradation]])
-        parts = []
-        if len(bicubic):
-            parts.append(reduce_bicubic(bicubic))
-        if len(realistic):
-            parts.append(reduce_realistic(realistic, self.numpy))
-        return torch.cat(parts)
-
-    def _origin(self) -> tuple[int, int]:
-        """Random rotary start positions, whole blocks, so that a crop is like any other place."""
-        blocks = self.numpy.integers(self.settings.max_origin_blocks, size=2)
-        row, column = (int(n) * self.config.block_patches for n in blocks)
-        return row, column
 
     def _drop(self, cond: Condition) -> tuple[Condition, Tensor]:
         """Without the LR picture now and then, as the paper trains; and (B,) 1 where it is kept."""
@@ -197,42 +163,6 @@ class Trainer:
         return replace(
             cond, concat=cond.concat.to(self.device), lr=cond.lr.to(self.device), vector=vector
         )
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.model.state_dict().items():
-            self.ema[name].lerp_(value, 1 - decay)
-
-    def ema_model(self) -> InfDiT:
-        model = InfDiT(self.config, device="meta")
-        model.load_state_dict(self.ema, assign=True)
-        return model.requires_grad_(False).eval()
-
-    def save(self, path: Path) -> None:
-        """Write the whole state: a run that is killed here keeps the last one."""
-        state = {
-            "settings": asdict(self.settings),
-            "config": asdict(self.config),
-            "model": self.model.state_dict(),
-            "ema": self.ema,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "numpy": json.dumps(self.numpy.bit_generator.state),
-            "torch": self.torch.get_state(),
-        }
-        with whole_file(path) as file:
-            torch.save(state, file)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.ema = state["ema"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step = state["step"]
-        self.numpy.bit_generator.state = json.loads(state["numpy"])
-        self.torch.set_state(state["torch"].cpu())
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -284,17 +214,8 @@ def run(
     folder: Path, trainer: Trainer, test: Tensor, stop_at: int, every: int, save_minutes: float
 ) -> None:
     """Train until `stop_at` steps; a sample every `every` steps, the state every `save_minutes`."""
-    stopping = False
-
-    def stop(signum, frame):
-        nonlocal stopping
-        stopping = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    saved = time.monotonic()
     sigmas, losses, started = [], [], time.monotonic()
-    while trainer.step < stop_at and not stopping:
+    for _ in steps(trainer, folder / STATE, stop_at, save_minutes):
         sigma, loss = trainer.train_step()
         sigmas.append(sigma)
         losses.append(loss)
@@ -302,13 +223,8 @@ def run(
             seconds = (time.monotonic() - started) / len(losses)
             write_log(folder / LOG, trainer, torch.cat(sigmas), torch.cat(losses), seconds)
             sigmas, losses, started = [], [], time.monotonic()
-        if time.monotonic() - saved > 60 * save_minutes:
-            trainer.save(folder / STATE)
-            saved = time.monotonic()
         if trainer.step % every == 0:
             save_sample(trainer, test, folder / f"sample_{trainer.step:06d}.png")
-    trainer.save(folder / STATE)
-    logger.info("stopped at step %d", trainer.step)
 
 
 def write_log(path: Path, trainer: Trainer, sigma: Tensor, loss: Tensor, seconds: float) -> None:
@@ -322,13 +238,7 @@ def write_log(path: Path, trainer: Trainer, sigma: Tensor, loss: Tensor, seconds
     for name, (low, high) in zip(names, pairwise(LEVELS), strict=True):
         chosen = loss[(sigma >= low) & (sigma < high)]
         row[name] = chosen.mean().item() if len(chosen) else ""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    logger.info("%s", row)
+    add_row(path, row)
 
 
 def main() -> None:
@@ -340,16 +250,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=500, help="steps between samples")
     parser.add_argument("--save-minutes", type=float, default=5, help="minutes between saves")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in asdict(Settings()).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
-        elif name == "degradation":
-            parser.add_argument(flag, choices=DEGRADATIONS, default=value)
-        elif name == "optimizer":
-            parser.add_argument(flag, choices=OPTIMIZERS, default=value)
-        else:
-            parser.add_argument(flag, type=type(value), default=value)
+    add_settings(parser, Settings(), {"degradation": DEGRADATIONS, "optimizer": OPTIMIZERS})
     args = parser.parse_args()
     settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
     args.run.mkdir(parents=True, exist_ok=True)

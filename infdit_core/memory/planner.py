@@ -30,8 +30,9 @@ SAMPLER_PICTURES = 8
 """Float32 pictures of (3, H, W) that a solver keeps beside the network's own result: the picture,
 its condition, the noise, the denoised picture, two derivatives, the next picture, one temporary."""
 
-_BEST_CHUNK_TOKENS = {"cpu": 1024, "cuda": 32768}
-"""Tokens per chunk that run fastest. The CPU's is measured (benchmarks/), the GPU's a guess."""
+_BEST_CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Tokens per chunk that run fastest. The CPU's is measured (benchmarks/README.md), the GPU's a
+guess."""
 _SMALL_CHUNK_COST = 0.25
 """Measured on a CPU: every halving of the chunk below the best size costs a quarter more time."""
 _LARGE_CHUNK_COST = 0.07

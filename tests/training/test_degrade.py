@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("kornia")
-from training.degrade import FIRST, gaussian_kernel, reduce_realistic, sinc_kernel
+from training.degrade import FIRST, gaussian_kernel, reduce_as, reduce_realistic, sinc_kernel
 from training.train import Settings, Trainer
 
 
@@ -70,15 +70,8 @@ def test_probabilities_of_a_stage_are_complete():
     assert sum(FIRST.resize) == pytest.approx(1)
 
 
-def test_the_trainer_uses_it_when_asked():
-    settings = Settings(
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        crop_px=32,
-        batch_size=2,
-        degradation="realesrgan",
-    )
+def test_of_a_mixed_batch_the_second_half_is_degraded():
+    settings = Settings(hidden_size=16, num_layers=1, num_heads=2, crop_px=32, batch_size=2)
 
     class Grey:
         def batch(self, size, generator):
@@ -87,7 +80,7 @@ def test_the_trainer_uses_it_when_asked():
     def reduced(degradation: str) -> torch.Tensor:
         run = Trainer(replace(settings, degradation=degradation), Grey(), torch.device("cpu"))  # type: ignore[arg-type]
         assert run.train_step()[1].isfinite().all()
-        return run._reduce(torch.zeros(5, 3, 32, 32)).std(dim=(1, 2, 3))
+        return reduce_as(degradation, torch.zeros(5, 3, 32, 32), run.numpy).std(dim=(1, 2, 3))
 
     assert (reduced("realesrgan") > 0).all()
     assert (reduced("bicubic") == 0).all()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from infdit_core import load_model, sample
 from infdit_core.edm import RESIDUAL_MAX
@@ -84,22 +83,8 @@ def test_an_exported_file_has_the_other_prior_and_loads(tmp_path):
     assert load_model(tmp_path / "m.safetensors").config.prior_width == 4
 
 
-def test_the_distance_of_features_is_0_for_the_same_and_grows(tmp_path):
-    expansion, shapes = {}, {"stem": (32, 3, 3, 3)}
-    channels = (32, 16, 24, 24, 40, 40, 80, 80)
-    for n, (wider, kernel, _) in enumerate(features._BLOCKS):
-        wide = channels[n] * wider
-        if wider > 1:
-            shapes[f"{n}_expand"] = (wide, channels[n], 1, 1)
-        shapes[f"{n}_depthwise"] = (wide, 1, kernel, kernel)
-        shapes[f"{n}_project"] = (channels[n + 1], wide, 1, 1)
-    generator = torch.Generator().manual_seed(0)
-    for name, shape in shapes.items():
-        fan = shape[1] * shape[2] * shape[3]
-        expansion[f"{name}.weight"] = torch.randn(shape, generator=generator) * fan**-0.5
-        expansion[f"{name}.bias"] = torch.zeros(shape[0])
-    save_file(expansion, tmp_path / "lite0.safetensors")
-    lite0, picture = features.read(tmp_path / "lite0.safetensors"), torch.rand(1, 3, 64, 64)
+def test_the_distance_of_features_is_0_for_the_same_and_grows(lite0_file):
+    lite0, picture = features.read(lite0_file), torch.rand(1, 3, 64, 64)
     near, far = picture + 0.01 * torch.randn_like(picture), torch.rand_like(picture)
     same, close, apart = (
         features.distance(lite0(p), lite0(picture)).item() for p in (picture, near, far)
