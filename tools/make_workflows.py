@@ -18,13 +18,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.browser import CHECKPOINT, EXAMPLES, ROOT, interface
+from tools.browser import CHECKPOINT, EXAMPLES, ROOT, UPSCALER, interface, settle
 
 SUBGRAPHS = ROOT / "subgraphs"
 BLUEPRINT = "Inf-DiT 4x"
 API = ROOT / "tests" / "workflows"
-ESRGAN = "RealESRGAN_x4plus.safetensors"
-ESRGAN_URL = "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/main/" + ESRGAN
+ESRGAN_URL = "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/main/" + UPSCALER
 SDXL_URL = (
     "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + CHECKPOINT
 )
@@ -188,7 +187,8 @@ EXAMPLES_OF = {
 
 def main() -> None:
     titles = sys.argv[1:] or [*EXAMPLES_OF, BLUEPRINT]
-    with interface() as (_, page):
+    with interface() as shown:
+        page = shown.page
         if BLUEPRINT in titles:
             titles.remove(BLUEPRINT)
             graph = json.loads((API / f"{EXAMPLES_OF[START].graph}.json").read_text())
@@ -201,7 +201,7 @@ def main() -> None:
                 if node["class_type"] == "LoadImage":
                     node["inputs"]["image"] = "example.png"  # which every ComfyUI has
             page.evaluate("graph => app.loadApiJson(graph, 'example')", graph)
-            page.wait_for_timeout(2000)
+            settle(page)
             needed: dict[str, float] = page.evaluate(
                 "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, n.computeSize()[1]]))"
             )
@@ -230,7 +230,7 @@ EXPOSED = {
 def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
     """The loader and the upscaler of a graph as one node, as the interface would publish it."""
     page.evaluate("graph => app.loadApiJson(graph, 'blueprint')", graph)
-    page.wait_for_timeout(2000)
+    settle(page)
     saved = page.evaluate(
         """([name, prefix]) => {
           const own = app.graph._nodes.filter(n => n.type.startsWith(prefix));
@@ -334,7 +334,7 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
             ]
         if node["type"] == "UpscaleModelLoader":
             node["properties"]["models"] = [
-                {"name": ESRGAN, "url": ESRGAN_URL, "directory": "upscale_models"}
+                {"name": UPSCALER, "url": ESRGAN_URL, "directory": "upscale_models"}
             ]
     path.write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
 

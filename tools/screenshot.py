@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from tools.browser import EXAMPLES, ROOT, interface, open_workflow
+from tools.browser import EXAMPLES, ROOT, interface, open_workflow, settle
 from tools.make_workflows import START
 
 DOCS = ROOT / "docs"
@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=["nodes", "interface", "templates", []])
     wanted = parser.parse_args().what or ["nodes", "interface", "templates"]
     errors: list[str] = []
-    with interface() as (_, page):
+    with interface() as shown:
+        page = shown.page
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         if "nodes" in wanted:
@@ -61,7 +62,7 @@ def node(page: Any, kind: str) -> None:
         }""",
         [kind, NODE_WIDTH],
     )
-    page.wait_for_timeout(1200)
+    settle(page)
     x, y, margin = 250, 250, 12
     width, height, title = (round(1.25 * n) for n in (*box, 30))
     clip = {
