@@ -1,5 +1,5 @@
-// Choices in the interface's language, from locales/LANGUAGE/nodeDefs.json. The interface itself
-// translates names and tooltips alone. What is saved stays as the node knows it.
+// Choices of our nodes in the interface's language, from locales/LANGUAGE/nodeDefs.json: the
+// interface itself translates names and tooltips alone. What is saved stays as the node knows it.
 import { app } from "../../scripts/app.js";
 
 let texts = {};
