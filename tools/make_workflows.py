@@ -203,7 +203,7 @@ def make(page: Any, titles: list[str]) -> None:
         for node in graph.values():
             if node["class_type"] == "LoadImage":
                 node["inputs"]["image"] = "example.png"  # which every ComfyUI has
-        page.evaluate("graph => app.loadApiJson(graph, 'example')", graph)
+        page.evaluate("graph => { app.clean(); app.loadApiJson(graph, 'example'); }", graph)
         settle(page)
         page.evaluate(_DEFAULTS, graph)
         needed: dict[str, float] = page.evaluate(
@@ -217,9 +217,7 @@ def make(page: Any, titles: list[str]) -> None:
         heights[NOTE] = NOTE_HEIGHT
         places, groups, buses = layout(example.rows, heights, links_of(graph))
         assert places.keys() == graph.keys() | {NOTE}, (title, places.keys())
-        saved = page.evaluate(
-            _PLACE, [places, groups, example.note + _MODEL_NOTE, example.titles, buses]
-        )
+        saved = page.evaluate(_PLACE, [places, groups, note_of(example), example.titles, buses])
         saved.setdefault("extra", {})["ds"] = view(places, groups)
         write(EXAMPLES / f"{title}.json", title, saved)
 
@@ -261,6 +259,11 @@ def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
     ]
     saved["nodes"][0]["widgets_values"] = []
     return saved
+
+
+def note_of(example: Example) -> str:
+    """The text of the note; Nodes 2.0 draws code within a line too dark to be read."""
+    return re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"**\1**", example.note + _MODEL_NOTE)
 
 
 class Bus(NamedTuple):
@@ -366,7 +369,7 @@ _DEFAULTS = """graph => {
     }
   }
 }"""
-"""The interface gives a new node values of one before it with the same id."""
+"""The interface gives a new node values of the one before it with the same id."""
 
 _PLACE = """([places, groups, note, titles, buses]) => {
   const text = LiteGraph.createNode('MarkdownNote');
