@@ -17,8 +17,8 @@ def put_files(server: ComfyServer) -> None:
     save_file(esrgan(), server.models_dir / "upscale_models" / UPSCALER)
 
 
-def esrgan(width: int = 4, growth: int = 4) -> dict[str, torch.Tensor]:
-    """Weights of a tiny ESRGAN that enlarges by 4, under the names of its first release."""
+def esrgan(width: int = 4, growth: int = 32) -> dict[str, torch.Tensor]:
+    """Weights of a tiny ESRGAN that enlarges by 4."""
     shapes = {"conv_first": (3, width), "conv_last": (width, 3)}
     shapes |= dict.fromkeys(("conv_body", "conv_up1", "conv_up2", "conv_hr"), (width, width))
     for dense in (1, 2, 3):
