@@ -196,7 +196,8 @@ def upscale(
             from, in the last pass; the conditions stay those of `image`.
         wrap: one of `WRAPS`, the edges where the pictures go on around.
         mask: ([1 or B,] h, w) in 0..1: 1 is upscaled, 0 keeps the picture that sampling starts
-            from, `start` or the enlarged one, between them the two are mixed in every step.
+            from, `start` or the enlarged one, also in several passes and beside what is drawn;
+            between them the two are mixed in every step.
         settings: of `Sampler`, such as `seed`, `preset` or `denoise`.
 
     Returns:
@@ -226,7 +227,7 @@ def upscale(
     passes = pass_sizes(source_size, size)
     results = []
     for i, source in enumerate(image.split(1)):
-        picture = source
+        picture = kept = source
         for n, pass_size in enumerate(passes, 1):
             canvas = draw.prepare(lay_out(picture, pass_size, draw.block_px, wrap))
             canvas.vector = None if vectors is None else vectors[i : i + 1]
@@ -237,8 +238,14 @@ def upscale(
                 x = canvas.consistent(draw(canvas), times)
             else:
                 laid = lay_mask(mask[i % len(mask)][None], canvas)
-                part = masked(canvas, laid, draw.block_px)
-                x = canvas.first if part is None else paste(draw(part), canvas)
+                if start is None:  # what is black is enlarged as if nothing had been drawn
+                    plain = canvas
+                    if n > 1:
+                        plain = draw.prepare(lay_out(kept, pass_size, draw.block_px, wrap))
+                        canvas.start = torch.lerp(plain.concat, canvas.concat, laid)
+                    if n < len(passes):
+                        kept = plain.finish(plain.concat)
+                x = _drawn_where(laid, canvas, draw, times)
             picture = canvas.finish(x)
         fixed = fix_colours(picture, source, colour_fix)
         if mask is not None and colour_fix != "none":
@@ -246,3 +253,12 @@ def upscale(
             fixed = torch.lerp(picture, fixed, weight.expand_as(fixed))
         results.append(fixed)
     return torch.cat(results)
+
+
+def _drawn_where(mask: Tensor, canvas: Canvas, draw: Draw, consistency: int) -> Tensor:
+    """(B, 3, H, W): what a canvas starts from, drawn where a mask (1, 1, H, W) is not black."""
+    part = masked(canvas, mask, draw.block_px)
+    if part is None:
+        return canvas.first
+    x = paste(draw(part), canvas)
+    return torch.lerp(x, canvas.consistent(x, consistency), mask.to(x))

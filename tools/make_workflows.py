@@ -18,13 +18,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.browser import CHECKPOINT, EXAMPLES, ROOT, interface
+from tools.browser import CHECKPOINT, EXAMPLES, ROOT, UPSCALER, interface, settle
 
 SUBGRAPHS = ROOT / "subgraphs"
 BLUEPRINT = "Inf-DiT 4x"
 API = ROOT / "tests" / "workflows"
-ESRGAN = "RealESRGAN_x4plus.safetensors"
-ESRGAN_URL = "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/main/" + ESRGAN
+ESRGAN_URL = "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/main/" + UPSCALER
 SDXL_URL = (
     "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + CHECKPOINT
 )
@@ -32,10 +31,10 @@ CORE_VERSION = "0.30.0"
 OWN_PREFIXES = ("InfDiT", "HiDiffusion")
 MAX_WIDTH = 1700
 """px; a wider graph opens so small that the interface draws no text."""
-SCREEN = 1700, 860
+SCREEN = 1700, 880
 """px of the canvas that an example fills when it is opened, on a screen of 1800x1000."""
 SCALES = 0.65, 1.0
-WIDTH, GAP, TITLE_HEIGHT, GROUP_TITLE = 300, 50, 40, 50
+WIDTH, GAP, TITLE_HEIGHT, GROUP_TITLE, LANE = 300, 50, 40, 50, 16
 ROOM = {
     "LoadImage": 30,
     "ImageCropV2": 320,
@@ -103,7 +102,7 @@ EXAMPLES_OF = {
         "**Choose a picture and press Run.**\n\n" + _BYPASS.strip() + "\n\n`upscale_by` takes any"
         " number from 1 to 8. `denoise` 0 keeps what is there and sharpens it, 1 invents most.",
         (Row("", (("1",), ("5", "2"), ("3",), ("4",), (NOTE,))),),
-        {"5": "Crop Image: Ctrl+B for the whole picture"},
+        {"5": "Crop Image (off: Ctrl+B)"},
     ),
     "SDXL to 4K": Example(
         "sdxl_4k",
@@ -119,8 +118,8 @@ EXAMPLES_OF = {
         "**1024 → 4096 → 8192.**\n\nThe second pass sees the result of the first. To start from a"
         " base of 2048, see *SDXL 2048 with HiDiffusion, then Inf-DiT to 8K*.",
         (
-            Row("1 Draw", ((NOTE,), ("1", "4"), ("2", "3"), ("5", "6"))),
-            Row("2 Upscale", (("7", "8"), ("9",), ("10",), ("11",))),
+            Row("1 Draw", ((NOTE,), ("1", "4"), ("2", "3"), ("5",), ("6",))),
+            Row("2 Upscale", (("7",), ("8",), ("9",), ("10",), ("11",))),
         ),
     ),
     "SDXL 2048 with HiDiffusion, then Inf-DiT to 8K": Example(
@@ -130,8 +129,8 @@ EXAMPLES_OF = {
         " that adds noise, such as euler_ancestral, and 20 to 50 steps. 8192×8192 takes its time:"
         " `upscale_by` 2 gives 4096×4096, the preset *fast* takes a third of the evaluations.",
         (
-            Row("1 Draw", (("1", "5", "7"), ("2", "3"), ("4",), ("6",))),
-            Row("2 Upscale", ((NOTE,), ("8", "9"), ("10",), ("11",))),
+            Row("1 Draw", (("1", "5"), ("2", "3"), ("4",), ("6",), ("7", "8"))),
+            Row("2 Upscale", ((NOTE,), ("9",), ("10",), ("11",))),
         ),
     ),
     "Upscale a folder": Example(
@@ -187,37 +186,40 @@ EXAMPLES_OF = {
 
 
 def main() -> None:
-    titles = sys.argv[1:] or [*EXAMPLES_OF, BLUEPRINT]
-    with interface() as (_, page):
-        if BLUEPRINT in titles:
-            titles.remove(BLUEPRINT)
-            graph = json.loads((API / f"{EXAMPLES_OF[START].graph}.json").read_text())
-            SUBGRAPHS.mkdir(exist_ok=True)
-            write(SUBGRAPHS / f"{BLUEPRINT}.json", BLUEPRINT, blueprint(page, graph))
-        for title in titles:
-            example = EXAMPLES_OF[title]
-            graph = json.loads((API / f"{example.graph}.json").read_text())
-            for node in graph.values():
-                if node["class_type"] == "LoadImage":
-                    node["inputs"]["image"] = "example.png"  # which every ComfyUI has
-            page.evaluate("graph => app.loadApiJson(graph, 'example')", graph)
-            page.wait_for_timeout(2000)
-            needed: dict[str, float] = page.evaluate(
-                "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, n.computeSize()[1]]))"
-            )
-            kinds: dict[str, str] = {key: node["class_type"] for key, node in graph.items()}
-            heights: dict[str, float] = {
-                key: SHORT.get(kinds[key], height) + ROOM.get(kinds[key], STYLES)
-                for key, height in needed.items()
-            }
-            heights[NOTE] = NOTE_HEIGHT
-            places, groups = layout(example.rows, heights)
-            assert places.keys() == graph.keys() | {NOTE}, (title, places.keys())
-            saved = page.evaluate(
-                _PLACE, [places, groups, example.note + _MODEL_NOTE, example.titles]
-            )
-            saved.setdefault("extra", {})["ds"] = view(places)
-            write(EXAMPLES / f"{title}.json", title, saved)
+    with interface() as shown:
+        make(shown.page, sys.argv[1:] or [*EXAMPLES_OF, BLUEPRINT])
+
+
+def make(page: Any, titles: list[str]) -> None:
+    """Write the examples, and the blueprint if it is among the titles."""
+    if BLUEPRINT in titles:
+        titles.remove(BLUEPRINT)
+        graph = json.loads((API / f"{EXAMPLES_OF[START].graph}.json").read_text())
+        SUBGRAPHS.mkdir(exist_ok=True)
+        write(SUBGRAPHS / f"{BLUEPRINT}.json", BLUEPRINT, blueprint(page, graph))
+    for title in titles:
+        example = EXAMPLES_OF[title]
+        graph = json.loads((API / f"{example.graph}.json").read_text())
+        for node in graph.values():
+            if node["class_type"] == "LoadImage":
+                node["inputs"]["image"] = "example.png"  # which every ComfyUI has
+        page.evaluate("graph => { app.clean(); app.loadApiJson(graph, 'example'); }", graph)
+        settle(page)
+        page.evaluate(_DEFAULTS, graph)
+        needed: dict[str, float] = page.evaluate(
+            "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, n.computeSize()[1]]))"
+        )
+        kinds: dict[str, str] = {key: node["class_type"] for key, node in graph.items()}
+        heights: dict[str, float] = {
+            key: SHORT.get(kinds[key], height) + ROOM.get(kinds[key], STYLES)
+            for key, height in needed.items()
+        }
+        heights[NOTE] = NOTE_HEIGHT
+        places, groups, buses = layout(example.rows, heights, links_of(graph))
+        assert places.keys() == graph.keys() | {NOTE}, (title, places.keys())
+        saved = page.evaluate(_PLACE, [places, groups, note_of(example), example.titles, buses])
+        saved.setdefault("extra", {})["ds"] = view(places, groups)
+        write(EXAMPLES / f"{title}.json", title, saved)
 
 
 EXPOSED = {
@@ -230,7 +232,7 @@ EXPOSED = {
 def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
     """The loader and the upscaler of a graph as one node, as the interface would publish it."""
     page.evaluate("graph => app.loadApiJson(graph, 'blueprint')", graph)
-    page.wait_for_timeout(2000)
+    settle(page)
     saved = page.evaluate(
         """([name, prefix]) => {
           const own = app.graph._nodes.filter(n => n.type.startsWith(prefix));
@@ -259,13 +261,75 @@ def blueprint(page: Any, graph: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
+def note_of(example: Example) -> str:
+    """The text of the note; Nodes 2.0 draws code within a line too dark to be read."""
+    return re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"**\1**", example.note + _MODEL_NOTE)
+
+
+class Bus(NamedTuple):
+    """The way of one output's links around the nodes that lie between."""
+
+    source: tuple[str, int]
+    """Id and output."""
+    points: list[tuple[float, float]]
+    """Where the links bend, the first one for all of them."""
+    targets: list[tuple[str, str]]
+    """Id and input that a link leaves the bus for after each point but the first."""
+
+
+def links_of(graph: dict[str, Any]) -> dict[tuple[str, int], list[tuple[str, str]]]:
+    """(id, input) of what each (id, output) of an API graph goes to."""
+    found: dict[tuple[str, int], list[tuple[str, str]]] = {}
+    for key, node in graph.items():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                found.setdefault((value[0], value[1]), []).append((key, name))
+    return found
+
+
 def layout(
-    rows: tuple[Row, ...], heights: Mapping[str, float]
-) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """x, y, width and height of each node by its id, and the groups around the rows."""
-    places, groups, top = {}, [], 0.0
-    for row in rows:
-        start = top + (GROUP_TITLE if row.title else 0) + TITLE_HEIGHT
+    rows: tuple[Row, ...],
+    heights: Mapping[str, float],
+    links: Mapping[tuple[str, int], list[tuple[str, str]]],
+) -> tuple[dict[str, list[float]], list[dict[str, Any]], list[Bus]]:
+    """x, y, width and height of each node by its id, the groups around the rows, and the buses.
+
+    A link to the next column needs no way of its own; one beyond it runs above the nodes of its
+    row, and one to the next row between the rows.
+    """
+    at = {
+        key: (row, column)
+        for row, (_, columns) in enumerate(rows)
+        for column, keys in enumerate(columns)
+        for key in keys
+    }
+    within: dict[int, list] = {}
+    between: dict[int, list] = {}
+    for source, targets in links.items():
+        row, column = at[source[0]]
+        far = [t for t in targets if at[t[0]][0] == row and at[t[0]][1] > column + 1]
+        if far:
+            within.setdefault(row, []).append((source, far))
+        if below := [t for t in targets if at[t[0]][0] > row]:
+            between.setdefault(row, []).append((source, below))
+
+    places, groups, buses, top = {}, [], [], 0.0
+
+    def add_buses(found: list, y: float) -> None:
+        for lane, (source, targets) in enumerate(found):
+            level, shift = y + lane * LANE, 5 * lane
+            points = [(at[source[0]][1] * (WIDTH + GAP) + WIDTH + 8 + shift, level)]
+            targets = sorted(targets, key=lambda target: at[target[0]][1])
+            columns = [at[key][1] * (WIDTH + GAP) for key, _ in targets]
+            if columns[0] < points[0][0]:  # back to the left
+                targets, columns = targets[::-1], columns[::-1]
+            points += [(x - 14 - shift, level) for x in columns]
+            buses.append(Bus(source, points, targets))
+
+    for number, row in enumerate(rows):
+        start = top + (GROUP_TITLE if row.title else 0)
+        add_buses(within.get(number, []), start)
+        start += LANE * len(within.get(number, [])) + TITLE_HEIGHT
         bottom = start
         for column, keys in enumerate(row.columns):
             y = start
@@ -277,22 +341,37 @@ def layout(
             width = len(row.columns) * (WIDTH + GAP)
             box = [-GAP / 2, top, width, bottom + GAP / 2 - top]
             groups.append({"title": row.title, "bounding": box, "color": "#3f789e"})
-        top = bottom + GAP
-    return places, groups
+        add_buses(between.get(number, []), bottom + GAP / 2 + LANE)
+        top = bottom + GAP + LANE * len(between.get(number, []))
+    return places, groups, buses
 
 
-def view(places: dict[str, list[float]]) -> dict[str, Any]:
+def view(places: dict[str, list[float]], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Scale and offset that show all of it, and text that can be read in any case."""
-    left, top = (min(place[i] for place in places.values()) for i in (0, 1))
+    left = min(place[0] for place in places.values())
     right, bottom = (max(place[i] + place[i + 2] for place in places.values()) for i in (0, 1))
+    tops = [place[1] - TITLE_HEIGHT for place in places.values()]
+    top = min(tops + [group["bounding"][1] for group in groups])
     assert right - left <= MAX_WIDTH, right - left
-    fit = min(SCREEN[0] / (right - left + 2 * GAP), SCREEN[1] / (bottom - top + 3 * GAP))
+    fit = min(SCREEN[0] / (right - left + 2 * GAP), SCREEN[1] / (bottom - top + GAP))
     scale = min(max(fit, SCALES[0]), SCALES[1])
-    # The menu at the left and the bars above cover 60 and 90 px
-    return {"scale": scale, "offset": [60 / scale + GAP - left, 90 / scale + 2 * GAP - top]}
+    # The menu at the left and the bars above cover 60 and 105 px
+    return {"scale": scale, "offset": [60 / scale + GAP - left, 110 / scale - top]}
 
 
-_PLACE = """([places, groups, note, titles]) => {
+_DEFAULTS = """graph => {
+  for (const node of app.graph._nodes) {
+    const { required, optional } = node.constructor.nodeData.input;
+    const specs = { ...required, ...optional }, set = graph[String(node.id)].inputs;
+    for (const widget of node.widgets ?? []) {
+      const value = specs[widget.name]?.[1]?.default;
+      if (!(widget.name in set) && value !== undefined) widget.value = value;
+    }
+  }
+}"""
+"""The interface gives a new node values of the one before it with the same id."""
+
+_PLACE = """([places, groups, note, titles, buses]) => {
   const text = LiteGraph.createNode('MarkdownNote');
   app.graph.add(text);
   text.widgets[0].value = note;
@@ -303,6 +382,19 @@ _PLACE = """([places, groups, note, titles]) => {
     node.title = titles[String(node.id)] ?? node.title;
     for (const widget of node.widgets ?? [])
       if (widget.name === 'control_after_generate') widget.value = 'fixed';
+  }
+  for (const [[id, output], points, targets] of buses) {
+    const linkOf = ([key, name]) => {
+      const node = app.graph.getNodeById(Number(key));
+      return app.graph.getLink(node.inputs.find(i => i.name === name).link);
+    };
+    const last = linkOf(targets.at(-1));
+    const bends = points.map(point => app.graph.createReroute(point, last));
+    targets.slice(0, -1).forEach((target, n) => {
+      const link = linkOf(target), own = bends.slice(0, n + 2);
+      link.parentId = own.at(-1).id;
+      for (const bend of own) bend.linkIds.add(link.id);
+    });
   }
   const saved = JSON.parse(JSON.stringify(app.graph.serialize()));  // without what is undefined
   saved.groups = groups.map((g, i) => ({ id: i + 1, font_size: 24, flags: {}, ...g }));
@@ -334,7 +426,7 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
             ]
         if node["type"] == "UpscaleModelLoader":
             node["properties"]["models"] = [
-                {"name": ESRGAN, "url": ESRGAN_URL, "directory": "upscale_models"}
+                {"name": UPSCALER, "url": ESRGAN_URL, "directory": "upscale_models"}
             ]
     path.write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
 

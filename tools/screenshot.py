@@ -15,13 +15,15 @@ from typing import Any
 
 from PIL import Image
 
-from tools.browser import EXAMPLES, ROOT, interface, open_workflow
+from tools.browser import EXAMPLES, ROOT, interface, open_workflow, settle
 from tools.make_workflows import START
 
 DOCS = ROOT / "docs"
 HELP = ROOT / "web" / "docs"
 NODE_WIDTH = 300
 """px; a help panel shows 312."""
+CLIP = {"x": 0, "y": 0, "width": 1800, "height": 940}
+"""px of the page of the interface's picture."""
 _RUN_MS = 600_000
 
 
@@ -30,7 +32,8 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=["nodes", "interface", "templates", []])
     wanted = parser.parse_args().what or ["nodes", "interface", "templates"]
     errors: list[str] = []
-    with interface() as (_, page):
+    with interface() as shown:
+        page = shown.page
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         if "nodes" in wanted:
@@ -48,8 +51,9 @@ def main() -> None:
 def node(page: Any, kind: str) -> None:
     """A picture of a node for its help page."""
     box = page.evaluate(
-        """([kind, width]) => {
+        """([kind, width, number]) => {
           app.graph.clear();
+          app.graph.state.lastNodeId = number;  // what an id was shown with stays with it
           const node = LiteGraph.createNode(kind);
           node.pos = [0, 0];
           app.graph.add(node);
@@ -59,9 +63,9 @@ def node(page: Any, kind: str) -> None:
           app.canvas.setDirty(true, true);
           return [node.size[0], node.size[1]];
         }""",
-        [kind, NODE_WIDTH],
+        [kind, NODE_WIDTH, 1000 + sum(kind.encode())],
     )
-    page.wait_for_timeout(1200)
+    settle(page)
     x, y, margin = 250, 250, 12
     width, height, title = (round(1.25 * n) for n in (*box, 30))
     clip = {
@@ -75,15 +79,33 @@ def node(page: Any, kind: str) -> None:
 
 
 def mid_run(page: Any, path: Path, target: Path) -> None:
-    """The interface while Inf-DiT Upscale shows the preview of a step past the middle."""
+    """The interface while Inf-DiT Upscale shows the preview of a step past the middle.
+
+    The detail is larger than the template's, so that the run lasts until the picture is taken.
+    """
     open_workflow(page, path)
-    page.evaluate("() => app.queuePrompt(0, 1)")
+    page.evaluate(
+        """() => {
+          const crop = app.graph._nodes.find(n => n.type === 'ImageCropV2');
+          const detail = { x: 128, y: 0, width: 512, height: 512 };
+          for (const widget of crop.widgets) {
+            const [key] = widget.name.split('.').slice(-1);
+            if (key in detail) widget.value = detail[key];
+            else widget.value = detail;
+          }
+          window.ended = false;
+          app.api.addEventListener('execution_success', () => { window.ended = true; });
+          app.queuePrompt(0, 1);
+        }"""
+    )
     page.wait_for_function(
         "() => app.graph._nodes.find(n => n.type === 'InfDiTSampler').progress >= 0.5",
         timeout=_RUN_MS,
         polling=100,
     )
-    page.screenshot(path=target)
+    page.screenshot(path=target, clip=CLIP)
+    if page.evaluate("() => window.ended"):
+        raise SystemExit(f"{target}: the run was over before the picture was taken; try again")
     page.evaluate("() => app.api.interrupt()")
 
 

@@ -36,14 +36,14 @@ BRUSHES, WINE, HILLS, DOGS, STREAM, PEAKS = (
 )
 DETAILS = {
     START: (BRUSHES, 180, 0),
-    "SDXL to 4K": (PEAKS, 1080, 280),
-    "SDXL to 8K in two passes": (HILLS, 960, 380),
+    "SDXL to 4K": (PEAKS, 700, 240),
+    "SDXL to 8K in two passes": (HILLS, 1060, 420),
     "SDXL 2048 with HiDiffusion, then Inf-DiT to 8K": (STREAM, 640, 300),
-    "Upscale a folder": (WINE, 480, 60),
-    "Advanced sampling with KSampler": (DOGS, 480, 640),
+    "Upscale a folder": (WINE, 560, 200),
+    "Advanced sampling with KSampler": (WINE, 300, 980),
     "Before and after": (DOGS, 300, 300),
-    "Which setting": (BRUSHES, 330, 20),
-    "Refine another upscaler's picture": (STREAM, 120, 480),
+    "Which setting": (BRUSHES, 0, 60),
+    "Refine another upscaler's picture": (STREAM, 1200, 380),
 }
 """Photograph, and left and top of a detail of 192x384 px, by the template."""
 README = (START, "Before and after")

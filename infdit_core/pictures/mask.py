@@ -62,7 +62,7 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def lay_mask(mask: Tensor, canvas: Canvas) -> Tensor:
-    """A checked (1, h, w) as the canvas has it: (1, 1, H, W); its edge goes on over the padding."""
+    """A checked (B, h, w) as the canvas has it: (B, 1, H, W); its edge goes on over the padding."""
     height, width = canvas.concat.shape[-2:]
     mask = resize_mask(mask, (canvas.height, canvas.width))
     left, top = canvas.left, canvas.top

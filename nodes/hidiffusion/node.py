@@ -117,10 +117,10 @@ class HiDiffusion(io.ComfyNode):
                     options=[_STEPS, _SIGMA],
                     default=_STEPS,
                     advanced=True,
-                    tooltip="What the parts above are parts of. Sampler steps is the authors' way;"
-                    " sampling that is split over several nodes is timed by noise level all the"
-                    " same. Sigma percent counts along the model's noise levels, as start_percent"
-                    " of other nodes does, whatever the scheduler.",
+                    tooltip="What t1, t2 and aggressive_ratio are parts of. Sampler steps is the"
+                    " authors' way; sampling that is split over several nodes is timed by noise"
+                    " level all the same. Sigma percent counts along the model's noise levels, as"
+                    " start_percent of other nodes does, whatever the scheduler.",
                 ),
             ],
             outputs=[

@@ -8,19 +8,25 @@ from comfy_api.latest import io
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.host import require_memory
 from ...infdit_core.pictures.colour_fix import fix_colours
-from ...infdit_core.pictures.prepare import Canvas, prepare
+from ...infdit_core.pictures.mask import check_mask, lay_mask
+from ...infdit_core.pictures.prepare import Canvas
+from ...infdit_core.pictures.start import check_start
+from ...infdit_core.pictures.wrap import check_wrap, lay_out
 from ..common import CATEGORY, CanvasType, named_errors, require
 from .comfy_model import conditioning_of, size_of, with_prior
 from .inputs import (
     check_inputs,
     colour_fix_input,
     longest_edge_input,
+    mask_input,
     picture_inputs,
     picture_output,
     picture_outputs,
     result_size,
     same_noise_input,
     size_inputs,
+    start_image_input,
+    wrap_input,
 )
 from .patches import warn_of_patches
 
@@ -39,12 +45,18 @@ class InfDiTConditioning(io.ComfyNode):
                 longest_edge_input(),
                 *size_inputs(),
                 same_noise_input(False, "Off, ComfyUI's samplers give each picture its own noise."),
+                start_image_input("The sampler's denoise"),
+                wrap_input(),
+                mask_input("Black takes as much time as white."),
             ],
             outputs=[
                 io.Conditioning.Output(
                     tooltip="Connect to positive and to negative, and set cfg to 1.",
                 ),
-                io.Latent.Output(tooltip="Where sampling starts; connect to latent_image."),
+                io.Latent.Output(
+                    tooltip="Where sampling starts: the picture at its new size, or start_image,"
+                    " with the mask if there is one; connect to latent_image."
+                ),
                 CanvasType.Output(
                     display_name="INFDIT_CANVAS",
                     tooltip="Connect to Inf-DiT Decode, which needs the size and the alpha.",
@@ -67,19 +79,35 @@ class InfDiTConditioning(io.ComfyNode):
         width: int = 2048,
         height: int = 2048,
         same_noise: bool = False,
+        start_image: torch.Tensor | None = None,
+        wrap: str = "none",
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         vectors = check_inputs(model, image, guidance)
         warn_of_patches(model)
+        source, batch = (image.shape[1], image.shape[2]), len(image)
         box = height, width
-        size = result_size(image, upscale_by, longest_edge, size_by, megapixels, box)
-        require_memory(size, model.load_device, at_once=image.shape[0])
-        canvas = prepare(image, size=size, block_px=model.model.infdit_config.block_px)
-        canvas = with_prior(model, canvas)
-        concat, conditioning = conditioning_of(canvas.condition(vectors))
-        latent: dict = {"samples": concat}
+        size = result_size(source, upscale_by, longest_edge, size_by, megapixels, box)
+        check_wrap(wrap)
+        if start_image is not None:
+            require(start_image, torch.Tensor, "start_image: expected an IMAGE")
+            check_start(start_image, batch, size)
+        if mask is not None:
+            mask = check_mask(require(mask, torch.Tensor, "mask: expected a MASK"), batch, size)
+        require_memory(size, model.load_device, at_once=batch)
+        block_px = model.model.infdit_config.block_px
+        canvas = with_prior(model, lay_out(image, size, block_px, wrap))
+        if start_image is not None:
+            start = lay_out(start_image, size, block_px, wrap).concat
+            canvas.start = start.expand(batch, -1, -1, -1)
+        latent: dict = {"samples": canvas.first}
         if same_noise:
-            latent["batch_index"] = [0] * len(concat)  # core draws noise by these
-        return io.NodeOutput(conditioning, latent, canvas)
+            latent["batch_index"] = [0] * batch  # core draws noise by these
+        if mask is not None:
+            latent["noise_mask"] = canvas.mask = lay_mask(mask, canvas)
+        return io.NodeOutput(
+            conditioning_of(canvas.condition(vectors), canvas.wrap), latent, canvas
+        )
 
 
 class InfDiTDecode(io.ComfyNode):
@@ -112,10 +140,13 @@ class InfDiTDecode(io.ComfyNode):
                 f"expected the LATENT of the sampler that this canvas's Inf-DiT Conditioning went"
                 f" to, {_describe(canvas.concat)}; got {_describe(x)}"
             )
+        check_wrap("both" if canvas.wrap else "none", colour_fix)
         picture = canvas.finish(x)
-        if colour_fix != "none":
-            picture = fix_colours(picture, canvas.source, colour_fix)
-        return picture_output(picture)
+        fixed = fix_colours(picture, canvas.source, colour_fix)
+        if canvas.mask is not None and colour_fix != "none":
+            weight = canvas.crop(canvas.mask).movedim(1, -1)
+            fixed = torch.lerp(picture, fixed, weight.to(picture).expand_as(picture))
+        return picture_output(fixed)
 
 
 def _describe(x: torch.Tensor) -> str:

@@ -30,7 +30,7 @@ from ...infdit_core.network.config import InfDiTConfig
 from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
-from ...infdit_core.pictures.prepare import Canvas
+from ...infdit_core.pictures.prepare import Canvas, Wrap
 from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import named_errors, require
 from .patches import check_patches
@@ -45,13 +45,13 @@ MEMORY = "infdit_memory"
 """Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
 REUSE_LAYERS = "infdit_reuse_layers"
 """Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
-WRAP = "infdit_wrap"
-"""Key in `transformer_options`: the `Wrap` of a canvas, which fills the margins; None for none."""
 
 _GUARD = "run"
 """Key of the model's conditions under which `InfDiTModel` has its `PlannedRun`."""
 _KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
 """Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
+_WRAP = _KEY + "wrap"
+"""Key in CONDITIONING: the `Wrap` of a canvas, which fills the margins; None for none."""
 _FP8 = torch.float8_e4m3fn
 _FP8_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(qkv|dense)|mlp\.fc[12])\.weight")
 """The weights of the transformer layers, which are nearly all of the network."""
@@ -134,13 +134,14 @@ def require_infdit(model: object) -> None:
         )
 
 
-def conditioning_of(cond: Condition) -> tuple[torch.Tensor, list]:
-    """The latent to start from and CONDITIONING for `InfDiTModel.extra_conds`."""
-    values = {_KEY + name: getattr(cond, name) for name in _CONDITIONS}
+def conditioning_of(cond: Condition, wrap: Wrap | None = None) -> list:
+    """CONDITIONING for `InfDiTModel.extra_conds`."""
+    values: dict = {_KEY + name: getattr(cond, name) for name in _CONDITIONS}
     # Other models find what they look for first, then the guard, which names the mistake.
     batch = cond.concat.shape[0]
     values |= {"pooled_output": torch.zeros(batch, 1280), "model_conds": {_GUARD: _ForOthers()}}
-    return cond.concat, [[torch.zeros(batch, 1, 1), values]]
+    values[_WRAP] = wrap
+    return [[torch.zeros(batch, 1, 1), values]]
 
 
 class _ForOthers(comfy.conds.CONDConstant):
@@ -245,6 +246,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
             if (tensor := kwargs.get(_KEY + name)) is not None:
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
         run = PlannedRun()
+        run.wrap = kwargs.get(_WRAP)
         if self.infdit.prior is not None and "concat" in out:
             run.base = out["concat"].cond.float()
         out[_GUARD] = comfy.conds.CONDConstant(run)
@@ -273,6 +275,7 @@ class PlannedRun(Run):
     """A sampling run that is planned at its first evaluation."""
 
     adaptive: Adaptive | None = None
+    wrap: Wrap | None = None
     base: torch.Tensor | None = None
     """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
 
@@ -318,7 +321,7 @@ class DiffusionModel(torch.nn.Module):
             run.cache = ResidualCache(layers, _SAME_SIGMA)
 
         sigma = (4 * timestep).exp()
-        wrap = options.get(WRAP) or (lambda picture: picture)
+        wrap = run.wrap or (lambda picture: picture)
         x = wrap(x)
 
         def evaluate(schedule: Schedule) -> torch.Tensor:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
-from server import PromptServer
 
 from ...infdit_core.cli.jobs import CommandError, Jobs, is_disk_full, plan_jobs, summary
 from ...infdit_core.errors import InfDiTError
@@ -28,21 +24,26 @@ from ...infdit_core.pictures.files import (
     read_image,
     write_image,
 )
-from ...infdit_core.pictures.prepare import Canvas, pass_sizes, target_size
+from ...infdit_core.pictures.prepare import pass_sizes
 from ...infdit_core.sampling import AUTO, PRESETS, find_preset
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
 from .comfy_model import require_infdit
-from .inputs import check_inputs, colour_fix_input, longest_edge_input
-from .progress import preview_image
+from .folder_progress import FolderProgress
+from .inputs import (
+    check_inputs,
+    colour_fix_input,
+    longest_edge_input,
+    result_size,
+    size_inputs,
+)
+from .patches import warn_of_patches
 from .sampler import MAX_SEED, GuiderDraw, core_sampler
 
 _NAME = "Inf-DiT Upscale Folder"
 _FORMATS = ("png", "tif", "webp", "jpg")
 _SHOWN_IN_BROWSERS = ("png", "webp", "jpg")
 _MAX_SHOWN = 50
-_PREVIEW_MAX_PX = 512
-_TEXT_SECONDS = 1.0
 
 
 class InfDiTUpscaleFolder(io.ComfyNode):
@@ -68,7 +69,8 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                     max=8.0,
                     step=0.05,
                     tooltip="How many times wider and higher the results are. Above 4 each picture"
-                    " goes through the model twice.",
+                    " goes through the model twice. Other ways to say the size are among the"
+                    " advanced inputs.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -92,7 +94,7 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     tooltip="Fidelity, as in Inf-DiT Upscale: less keeps closer to the pictures"
-                    " and takes as much fewer evaluations.",
+                    " and takes fewer evaluations, except with auto.",
                 ),
                 io.String.Input(
                     "output_folder",
@@ -104,8 +106,8 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                     "format",
                     options=list(_FORMATS),
                     default="png",
-                    tooltip="Of the results, which are named as the pictures. EXIF, XMP and colour"
-                    " profile are kept; png also holds the workflow.",
+                    tooltip="Of the results, which have the names of the pictures. EXIF, XMP and"
+                    " colour profile are kept; png also holds the workflow.",
                 ),
                 io.Combo.Input(
                     "bit_depth",
@@ -123,6 +125,7 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                 ),
                 longest_edge_input(),
                 colour_fix_input(),
+                *size_inputs(),
             ],
             outputs=[],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -171,10 +174,15 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         overwrite: bool,
         longest_edge: int = 0,
         colour_fix: str = "none",
+        size_by: str = "factor or longest edge",
+        megapixels: float = 4.0,
+        width: int = 2048,
+        height: int = 2048,
     ) -> io.NodeOutput:
         if not 0 <= denoise <= 1:
             raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
         require_infdit(model)
+        warn_of_patches(model)
         source = _source(require(folder, str, "expected folder from the list"))
         target = _target(output_folder.strip() or folder)
         jobs = _plan(source, target, format, overwrite)
@@ -186,118 +194,44 @@ class InfDiTUpscaleFolder(io.ComfyNode):
             texts = {"prompt": hidden.prompt} if hidden.prompt is not None else {}
             texts |= hidden.extra_pnginfo or {}
         settings = {key: json.dumps(value) for key, value in texts.items()}
-        progress = FolderProgress(hidden.unique_id if hidden else None)
         chosen = find_preset(preset, model.model.infdit.metadata)
         sigmas = chosen.sigmas(denoise, model.model.infdit_config.sigma_max)
-        evaluations = chosen._replace(steps=len(sigmas) - 1).evaluations
-        progress.start([_work(path, upscale_by, longest_edge) for path, _ in jobs.todo])
+        chosen = chosen._replace(steps=len(sigmas) - 1)
+        asked = upscale_by, longest_edge, size_by, megapixels, (height, width)
         failed, made = {}, []
-        for n, (path, result) in enumerate(jobs.todo):
-            progress.picture(n, path.name, evaluations)
-            try:
-                image, info = read_image(path)
-                check_writable(result, alpha=image.shape[-1] == 4, bit_depth=int(bit_depth))
-                size = target_size((image.shape[1], image.shape[2]), upscale_by, longest_edge)
-                draw = GuiderDraw(
-                    model, core_sampler(chosen.solver), sigmas, seed, progress, chosen.consistency
-                )
-                vectors = check_inputs(model, image, None)
-                picture = upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix)
-                info = _with_texts(info, settings)
-                write_image(
-                    result, picture, bit_depth=int(bit_depth), info=info, overwrite=overwrite
-                )
-                made.append(result)
-            except (InfDiTError, RuntimeError, MemoryError) as error:
-                if not (isinstance(error, InfDiTError) or is_out_of_memory(error)):
-                    raise
-                if is_disk_full(error):
-                    raise
-                failed[path] = str(error) if isinstance(error, InfDiTError) else "out of memory"
-                logging.warning("%s: %s: %s", _NAME, path.name, failed[path])
+        with FolderProgress(hidden.unique_id if hidden else None) as progress:
+            progress.start([_work(path, *asked) for path, _ in jobs.todo], chosen)
+            for n, (path, result) in enumerate(jobs.todo):
+                progress.picture(n, path.name)
+                try:
+                    image, info = read_image(path)
+                    progress.source(image)
+                    check_writable(result, alpha=image.shape[-1] == 4, bit_depth=int(bit_depth))
+                    size = result_size((image.shape[1], image.shape[2]), *asked)
+                    sampler, back = core_sampler(chosen.solver), chosen.consistency
+                    draw = GuiderDraw(model, sampler, sigmas, seed, progress, back)
+                    vectors = check_inputs(model, image, None)
+                    picture = upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix)
+                    info = _with_texts(info, settings)
+                    write_image(
+                        result, picture, bit_depth=int(bit_depth), info=info, overwrite=overwrite
+                    )
+                    made.append(result)
+                except (InfDiTError, RuntimeError, MemoryError) as error:
+                    if not (isinstance(error, InfDiTError) or is_out_of_memory(error)):
+                        raise
+                    if is_disk_full(error):
+                        raise
+                    failed[path] = str(error) if isinstance(error, InfDiTError) else "out of memory"
+                    logging.warning("%s: %s: %s", _NAME, path.name, failed[path])
+            progress.end(len(made), len(jobs.finished), len(failed))
         if failed:
-            progress.tell(f"{len(failed)} of {len(jobs.todo)} pictures failed")
             first = next(iter(failed.values()))
             raise CommandError(
                 f"{summary(list(failed), jobs)}. The first: {first}. {len(made)} others are"
                 f" written to {_shown(target)}"
             )
-        progress.end(len(made), len(jobs.finished))
         return io.NodeOutput(ui={"images": _images(made)})
-
-
-class FolderProgress:
-    """One bar over all pictures, by the pixels of their results, and a line of text on the node."""
-
-    def __init__(self, node_id: str | None) -> None:
-        self._node_id = node_id
-        self._began = self._told = time.monotonic()
-        self._name, self._n, self._share, self._evaluated = "", 0, 0.0, 0
-
-    def start(self, work: Sequence[int]) -> None:
-        """Called with the pixels of each result, over all passes; 0 where that is not known."""
-        self._work = [max(1, pixels) for pixels in work]
-        self._bar = comfy.utils.ProgressBar(max(1, sum(self._work)))
-
-    def picture(self, n: int, name: str, evaluations: int) -> None:
-        """Called before each picture, with the evaluations of a pass."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self._n, self._name, self._evaluations = n, name, max(1, evaluations)
-        self._share, self._evaluated = float(sum(self._work[:n])), 0
-        self._canvas: Canvas | None = None
-        self._passed = 0.0
-        self._bar.update_absolute(self._share)
-        self.tell(self._line())
-
-    def begin(self, canvas: Canvas) -> None:
-        """Called before every pass of a picture."""
-        if self._canvas is not None:
-            self._passed += self._canvas.height * self._canvas.width
-        self._canvas, self._evaluated = canvas, 0
-
-    def cells(self, done: int, total: int) -> None:
-        """Called after every chunk of every layer of an evaluation."""
-        part = min(1.0, (self._evaluated + done / total) / self._evaluations)
-        self._evaluated += done == total
-        if self._canvas is not None:
-            pixels = self._passed + part * self._canvas.height * self._canvas.width
-            before, work = sum(self._work[: self._n]), self._work[self._n]
-            self._share = max(self._share, before + min(pixels, work))
-        self._bar.update_absolute(self._share)
-        if time.monotonic() - self._told >= _TEXT_SECONDS:
-            self.tell(self._line())
-
-    def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
-        """The sampler's callback: shows the denoised picture."""
-        height, width = denoised.shape[-2:]
-        if self._canvas is not None:
-            height, width = self._canvas.height, self._canvas.width
-        preview = preview_image(denoised[..., :height, :width])
-        self._bar.update_absolute(self._bar.current, None, ("JPEG", preview, _PREVIEW_MAX_PX))
-
-    def end(self, made: int, there: int) -> None:
-        """Called when all is done."""
-        self._bar.update_absolute(self._bar.total)
-        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-        took = f" in {minutes} min {seconds} s" if minutes else f" in {seconds} s"
-        parts = [f"{made} pictures{took}"] if made or not there else []
-        parts += [f"{there} were there already"] if there else []
-        self.tell(" · ".join(parts))
-
-    def tell(self, text: str) -> None:
-        self._told = time.monotonic()
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self._node_id is not None:
-            server.send_progress_text(text, self._node_id)
-
-    def _line(self) -> str:
-        line = f"picture {self._n + 1} of {len(self._work)}"
-        if self._n:  # a picture is done, so that the time can be known
-            left = (sum(self._work) - self._share) / self._share
-            hours, minutes = divmod(round((time.monotonic() - self._began) * left / 60), 60)
-            known = f"{hours} h {minutes} min" if hours else f"{max(1, minutes)} min"
-            line += f" · about {known} left"
-        return f"{line} · {self._name}"
 
 
 def _source(folder: str) -> Path:
@@ -350,11 +284,11 @@ def _states(folder: Path) -> list[tuple[str, int, int]]:
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
-def _work(path: Path, upscale_by: float, longest_edge: int) -> int:
-    """Pixels of all passes of a picture; 0 for one that cannot be read."""
+def _work(path: Path, *asked: Any) -> int:
+    """Pixels of all passes of a picture for a size as `result_size` takes it; 0 if unreadable."""
     if (source := picture_size(path)) is None:
         return 0
-    sizes = pass_sizes(source, target_size(source, upscale_by, longest_edge))
+    sizes = pass_sizes(source, result_size(source, *asked))
     return sum(height * width for height, width in sizes)
 
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.pictures.colour_fix import COLOUR_FIXES
 from ...infdit_core.pictures.prepare import check_image, target_size
+from ...infdit_core.pictures.wrap import WRAPS
 from ..common import Guidance, require
 from .comfy_model import CLIP_ATTACHMENT, require_infdit
 
@@ -93,15 +94,14 @@ def size_inputs() -> list:
 
 
 def result_size(
-    image: torch.Tensor,
+    source: tuple[int, int],
     upscale_by: float,
     longest_edge: int,
     size_by: str,
     megapixels: float,
     box: tuple[int, int],
 ) -> tuple[int, int]:
-    """(height, width) of the results for (B, H, W, C); `box` is (height, width)."""
-    source = image.shape[1], image.shape[2]
+    """(height, width) of the result for a picture of `source`; `box` is (height, width)."""
     if size_by == _BY_MEGAPIXELS:
         return target_size(source, upscale_by, megapixels=megapixels)
     if size_by == _BY_BOX:
@@ -121,6 +121,41 @@ def same_noise_input(default: bool, off: str) -> io.Boolean.Input:
     )
 
 
+def start_image_input(denoise: str) -> io.Image.Input:
+    """Another upscaler's picture to start from; `denoise` names what says how much is kept."""
+    return io.Image.Input(
+        "start_image",
+        optional=True,
+        tooltip="Another upscaler's picture of the same image to start from, in place of the"
+        f" enlarged one; it is resized to the result. {denoise} says how much of it is drawn again:"
+        " try 0.2 to 0.5; at 1 nothing of it is left. The model still looks at image.",
+    )
+
+
+def wrap_input() -> io.Combo.Input:
+    """One of `WRAPS`."""
+    return io.Combo.Input(
+        "wrap",
+        options=list(WRAPS),
+        default="none",
+        optional=True,
+        advanced=True,
+        tooltip="For pictures that go on at the opposite edge: horizontal for 360 degree panoramas,"
+        " both for seamless textures. The result then goes on there too.",
+    )
+
+
+def mask_input(time: str) -> io.Mask.Input:
+    """What is upscaled; `time` says what black costs."""
+    return io.Mask.Input(
+        "mask",
+        optional=True,
+        tooltip="White is upscaled; black keeps the start_image, or the enlarged picture; grey"
+        f" mixes the two. {time} With Differential Diffusion on the model, grey is drawn in the"
+        " later steps only.",
+    )
+
+
 def colour_fix_input() -> io.Combo.Input:
     """One of `COLOUR_FIXES`."""
     return io.Combo.Input(
@@ -131,7 +166,7 @@ def colour_fix_input() -> io.Combo.Input:
         advanced=True,
         tooltip="Takes colours from the input picture, over the whole picture. Wavelet takes"
         " everything coarser than about 32 pixels of the result, adain the mean and contrast of"
-        " red, green and blue, lab of lightness and hue. None is right unless you see a"
+        " red, green and blue, lab those of lightness and hue. None is right unless you see a"
         " colour cast.",
     )
 

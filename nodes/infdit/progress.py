@@ -37,6 +37,33 @@ def shows_progress(execute: Callable) -> Callable:
     return run
 
 
+class NodeText:
+    """The line of text on a node; `node_id` is None outside a running workflow."""
+
+    def __init__(self, node_id: str | None) -> None:
+        self._node_id = node_id
+        self._shown: str | None = None
+        self._told = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last line has stood long enough."""
+        return time.monotonic() - self._told >= _TEXT_SECONDS
+
+    def tell(self, text: str) -> None:
+        """Show a line in place of the last one."""
+        self._told = time.monotonic()
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self._node_id is not None and text != self._shown:
+            server.send_progress_text(text, self._node_id)
+        self._shown = text
+
+    def tell_stop(self, kind: type[BaseException], where: str) -> None:
+        """Say where a run was cancelled, or stopped by an error."""
+        cancelled = issubclass(kind, comfy.model_management.InterruptProcessingException)
+        self.tell(f"{'cancelled' if cancelled else 'stopped'} at {where}")
+
+
 class SamplingProgress:
     """One progress bar over all evaluations of a node's run, and a line of text on the node.
 
@@ -47,8 +74,7 @@ class SamplingProgress:
     """
 
     def __init__(self, node_id: str | None = None) -> None:
-        self._node_id = node_id
-        self._shown: str | None = None
+        self._text = NodeText(node_id)
         self._started = False
 
     def start(
@@ -80,18 +106,16 @@ class SamplingProgress:
         self._share = 0.0
         self._first: tuple[float, float] | None = None  # when the first evaluation ended, its work
         self._notes: list[str] = []
-        self._began = self._told = time.monotonic()
+        self._began = time.monotonic()
         self._device = device if device is not None and device.type == "cuda" else None
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
         (height, width), (self._height, self._width) = image.shape[1:3], sizes[-1]
         self._started = True
-        self._tell(f"{width}x{height} -> {self._width}x{self._height}, loading")
+        self._text.tell(f"{width}x{height} -> {self._width}x{self._height}, loading")
         self._bar = comfy.utils.ProgressBar(sum(self._pixels))
         self._canvas: Canvas | None = None
-        stride = max(1, max(height, width) // (2 * _PREVIEW_MAX_PX))  # a copy of all may not fit
-        picture = image[:1, ::stride, ::stride, :3].movedim(-1, 1).expand(-1, 3, -1, -1)
-        self._bar.update_absolute(0, None, self._preview(picture * 2 - 1))
+        self._bar.update_absolute(0, None, preview_of(image))
 
     def note(self, text: str) -> None:
         """Something that the last line should add."""
@@ -105,7 +129,7 @@ class SamplingProgress:
         self._step = self._evaluated = 0
         self._canvas = canvas
         if self._run:
-            self._tell(self._line())
+            self._text.tell(self._line())
 
     def cells(self, done: int, total: int) -> None:
         """Called after every chunk of every layer of an evaluation."""
@@ -123,8 +147,8 @@ class SamplingProgress:
             part = 0.0
             if self._first is None:
                 self._first = now, self._work
-        if now - self._told >= _TEXT_SECONDS:
-            self._tell(self._line(self._seconds_left(now, part)))
+        if self._text.due:
+            self._text.tell(self._line(self._seconds_left(now, part)))
 
     def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
         """The sampler's callback: shows the denoised picture."""
@@ -146,11 +170,10 @@ class SamplingProgress:
         if kind is None:
             if self._started:
                 self._bar.update_absolute(self._bar.total)
-                self._tell(self._end())
+                self._text.tell(self._end())
             return
-        cancelled = issubclass(kind, comfy.model_management.InterruptProcessingException)
         where = self._where() if self._started and self._run >= 0 else ["the start"]
-        self._tell(f"{'cancelled' if cancelled else 'stopped'} at {', '.join(where)}")
+        self._text.tell_stop(kind, ", ".join(where))
 
     def _where(self) -> list[str]:
         """The picture, the pass and the step at work, as far as there are several."""
@@ -186,25 +209,18 @@ class SamplingProgress:
         if self._device is not None:
             text += f", {gigabytes(torch.cuda.max_memory_allocated(self._device))}"
         each = self._all_evaluated // len(self._pixels)
-        used = f"{self._solver}, {self._steps} step{'s' * (self._steps > 1)}"
-        if each != self._steps:
-            used += f", {each} evaluations"
-        return " · ".join([text, used if each else "enlarged only", *self._notes])
+        return " · ".join([text, used(self._solver, self._steps, each), *self._notes])
 
     def _preview(self, denoised: torch.Tensor) -> tuple[str, Image.Image, int] | None:
-        try:
-            picture = preview_image(self._canvas.crop(denoised) if self._canvas else denoised)
-            return "JPEG", picture, _PREVIEW_MAX_PX
-        except Exception as error:  # whatever it is, it is not worth hours of work
-            logging.warning("Inf-DiT: no preview: %s", error)
-            return None
+        return preview(self._canvas.crop(denoised) if self._canvas else denoised)
 
-    def _tell(self, text: str) -> None:
-        self._told = time.monotonic()
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self._node_id is not None and text != self._shown:
-            server.send_progress_text(text, self._node_id)
-        self._shown = text
+
+def used(solver: str, steps: int, evaluations: int) -> str:
+    """What a picture was drawn with, of the steps and evaluations of a pass."""
+    if evaluations < 1:
+        return "enlarged only"
+    text = f"{solver}, {steps} step{'s' * (steps > 1)}"
+    return text if evaluations == steps else f"{text}, {evaluations} evaluations"
 
 
 def duration(seconds: float, *, rough: bool = False) -> str:
@@ -220,6 +236,22 @@ def duration(seconds: float, *, rough: bool = False) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(10 * round(minutes / 10) if rough else minutes, 60)
     return f"{hours} h {minutes} min" if hours < 10 and minutes else f"{hours} h"
+
+
+def preview_of(image: torch.Tensor) -> tuple[str, Image.Image, int] | None:
+    """`preview` of the first of pictures (B, H, W, 1, 3 or 4) in 0..1."""
+    stride = max(1, max(image.shape[1:3]) // (2 * _PREVIEW_MAX_PX))  # a copy of all may not fit
+    picture = image[:1, ::stride, ::stride, :3].movedim(-1, 1).expand(-1, 3, -1, -1)
+    return preview(picture * 2 - 1)
+
+
+def preview(denoised: torch.Tensor) -> tuple[str, Image.Image, int] | None:
+    """What a progress bar shows of (B, 3, H, W) in [-1, 1]; None if that fails."""
+    try:
+        return "JPEG", preview_image(denoised), _PREVIEW_MAX_PX
+    except Exception as error:  # whatever it is, it is not worth hours of work
+        logging.warning("Inf-DiT: no preview: %s", error)
+        return None
 
 
 def preview_image(denoised: torch.Tensor) -> Image.Image:

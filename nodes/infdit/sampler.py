@@ -15,21 +15,23 @@ from comfy_api.latest import io
 from ...infdit_core.edm import SIGMA_MIN
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.pictures.prepare import Canvas, check_image, pass_sizes
-from ...infdit_core.pictures.wrap import WRAPS
 from ...infdit_core.sampling import AUTO, PRESETS, SOLVERS, Step, check_sigmas, find_preset
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
-from .comfy_model import PROGRESS, WRAP, conditioning_of, require_infdit, with_prior
+from .comfy_model import PROGRESS, conditioning_of, require_infdit, with_prior
 from .inputs import (
     check_inputs,
     colour_fix_input,
     longest_edge_input,
+    mask_input,
     picture_inputs,
     picture_output,
     picture_outputs,
     result_size,
     same_noise_input,
     size_inputs,
+    start_image_input,
+    wrap_input,
 )
 from .patches import warn_of_patches
 from .progress import SamplingProgress, shows_progress
@@ -63,18 +65,18 @@ class InfDiTSampler(io.ComfyNode):
                     max=200,
                     advanced=True,
                     tooltip="Steps of Heun's method, each of two evaluations but the last. 20 is"
-                    " what the model's authors use; fewer are faster and less exact. Only the"
-                    " preset exact reads it, and auto where it is exact.",
+                    " what the model's authors use; fewer are faster and less exact. Read by the"
+                    " preset exact, and by auto where the model's file asks for nothing.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=[*PRESETS, AUTO],
                     default=AUTO,
                     optional=True,
-                    tooltip="Exact is the authors' solver with the number of steps above. Fast"
-                    " takes 12 evaluations of the network instead of 39. Draft takes 6: for a first"
-                    " look. Auto is what the model's file asks for: two evaluations with the small"
-                    " model of this pack, exact where a file asks for nothing.",
+                    tooltip="Auto takes what the model's file asks for: two evaluations of the"
+                    " network with the small model of this pack, exact where a file asks for"
+                    " nothing. Exact is the authors' solver: 39 evaluations for 20 steps. Fast"
+                    " takes 12. Draft takes 6, for a first look.",
                 ),
                 longest_edge_input(),
                 io.Float.Input(
@@ -85,9 +87,9 @@ class InfDiTSampler(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="Fidelity: how much noise is put on the enlarged picture at the start."
-                    " Less keeps closer to the input picture and, but for auto, takes as much fewer"
-                    " evaluations. At 0 nothing is sampled: with the small model of this pack that"
-                    " is the sharp picture its prior makes, with others bicubic enlarging.",
+                    " Less keeps closer to the input picture and takes fewer evaluations, except"
+                    " with auto. At 0 nothing is invented: the small model of this pack gives the"
+                    " picture sharpened, others give bicubic enlarging.",
                 ),
                 colour_fix_input(),
                 io.Sampler.Input(
@@ -102,35 +104,11 @@ class InfDiTSampler(io.ComfyNode):
                     tooltip="Noise levels instead of preset, steps and denoise: they fall to 0,"
                     " from 40 for a whole run, from 0.5 with the small model of this pack.",
                 ),
-                io.Image.Input(
-                    "start_image",
-                    optional=True,
-                    tooltip="Another upscaler's picture of the same image to start from, in place"
-                    " of the enlarged one; it is resized to the result. denoise says how much of"
-                    " it is drawn again: try 0.2 to 0.5; at 1 nothing of it is left. image stays"
-                    " what the model looks at.",
-                ),
-                io.Combo.Input(
-                    "wrap",
-                    options=list(WRAPS),
-                    default="none",
-                    optional=True,
-                    advanced=True,
-                    tooltip="For pictures that go on around: horizontal for 360 degree panoramas,"
-                    " both for seamless textures. The result fits together at these edges, too.",
-                ),
+                start_image_input("denoise"),
+                wrap_input(),
                 *size_inputs(),
-                same_noise_input(
-                    True, "Off, each picture takes the noise of the seed plus its place."
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="White is upscaled; black keeps the start_image, or the enlarged"
-                    " picture; grey mixes the two. What is black at the bottom and right takes no"
-                    " time. With Differential Diffusion on the model, grey is drawn in the later"
-                    " steps only.",
-                ),
+                same_noise_input(True, "Off, the seed grows by 1 from picture to picture."),
+                mask_input("Black below and right of all white takes no time."),
             ],
             outputs=picture_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -177,8 +155,8 @@ class InfDiTSampler(io.ComfyNode):
             require(mask, torch.Tensor, "mask: expected a MASK")
         check_image(require(image, torch.Tensor, "expected an IMAGE"))
         require_infdit(model)
-        box = height, width
-        size = result_size(image, upscale_by, longest_edge, size_by, megapixels, box)
+        source, box = (image.shape[1], image.shape[2]), (height, width)
+        size = result_size(source, upscale_by, longest_edge, size_by, megapixels, box)
         chosen = find_preset(preset, model.model.infdit.metadata)
         if chosen == PRESETS["exact"]:  # auto is exact where the file asks for nothing
             chosen = chosen._replace(steps=steps)
@@ -187,7 +165,7 @@ class InfDiTSampler(io.ComfyNode):
         steps = len(sigmas) - 1
         evaluations = steps if sampler else chosen._replace(steps=steps).evaluations
         name = _name(sampler) if sampler else chosen.solver
-        sizes = pass_sizes((image.shape[1], image.shape[2]), size)
+        sizes = pass_sizes(source, size)
         progress.start(image, sizes, steps, evaluations, name, model.load_device)
         for name in warn_of_patches(model):
             progress.note(f"{name} has no effect")
@@ -249,7 +227,7 @@ class GuiderDraw:
     def __call__(self, canvas: Canvas) -> torch.Tensor:
         """A sampled (B, 3, H, W)."""
         self.progress.begin(canvas)
-        _, conditioning = conditioning_of(canvas.condition())
+        conditioning = conditioning_of(canvas.condition(), canvas.wrap)
         first = canvas.first
         seed = self.seed + (self._passes // self.passes_of_a_seed if self.passes_of_a_seed else 0)
         seed, self._passes = seed % (MAX_SEED + 1), self._passes + 1
@@ -263,7 +241,7 @@ class GuiderDraw:
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         # The options go to the guider and not to a clone of the model: ComfyUI would load that anew
-        options = {PROGRESS: self.progress.cells, WRAP: canvas.wrap}
+        options = {PROGRESS: self.progress.cells}
         options = self.model.model_options.get("transformer_options", {}) | options
         guider.model_options = self.model.model_options | {"transformer_options": options}
         samples = guider.sample(

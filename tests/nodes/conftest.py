@@ -1,6 +1,7 @@
 """What the tests of the nodes share."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,3 +31,26 @@ def evaluations(comfy, monkeypatch) -> list:
 
     monkeypatch.setattr(net, "forward", counted)
     return seen
+
+
+@pytest.fixture
+def texts(comfy, monkeypatch) -> list[str]:
+    """Every line that Inf-DiT Upscale or Inf-DiT Upscale Folder showed."""
+    told, progress = [], comfy.module("nodes.infdit.progress")
+    server = SimpleNamespace(
+        instance=SimpleNamespace(send_progress_text=lambda text, node_id: told.append(text))
+    )
+    monkeypatch.setattr(progress, "PromptServer", server)
+    hidden = SimpleNamespace(unique_id="7", prompt=None, extra_pnginfo=None)
+    for node in ("InfDiTSampler", "InfDiTUpscaleFolder"):
+        monkeypatch.setattr(comfy.nodes[node], "hidden", hidden, raising=False)
+    return told
+
+
+@pytest.fixture
+def clock(comfy, monkeypatch) -> SimpleNamespace:
+    """The time that progress sees: `clock.now` in seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(comfy.module("nodes.infdit.progress"), "time", clock)
+    return clock

@@ -93,11 +93,15 @@ def test_every_widget_has_its_value(comfy_server: ComfyServer, title):
         values = node.get("widgets_values", [])  # absent in a node without widgets
         assert len(names) == len(values), (node["type"], names, values)
         inputs = graph[str(node["id"])]["inputs"]
+        specs = info["input"]["required"] | info["input"].get("optional", {})
+        defaults = {name: spec[1].get("default") for name, spec in specs.items() if len(spec) > 1}
         for name, value in zip(names, values, strict=True):
             if name == "control_after_generate":
                 assert value == "fixed"
             elif name in inputs and name != "image":
                 assert value == inputs[name], (node["type"], name)
+            elif (default := defaults.get(name)) is not None:
+                assert value == default, (node["type"], name)
 
 
 @pytest.mark.parametrize("title", RUNNABLE)

@@ -4,6 +4,7 @@ import importlib
 import json
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -67,6 +68,46 @@ def test_the_files_are_what_the_upscale_node_makes(load, upscale, folders, run, 
         found = pixels(folders[1] / "photos" / f"{name[0]}.png")
         assert found.shape == (2 * height, 2 * width, 3)
         assert (found - (255 * expected[0]).round()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({"size_by": "megapixels", "megapixels": 0.01}, ["a 112x93", "b 82x128", "c 102x102"]),
+        (
+            {"size_by": "width and height", "width": 40, "height": 30},
+            ["a 36x30", "b 19x30", "c 30x30"],
+        ),
+    ],
+)
+def test_pictures_of_any_size_come_to_the_size_asked_for(folders, run, asked, sizes):
+    run(**asked)
+    results = sorted((folders[1] / "photos").iterdir())
+    found = [(path.stem, *pixels(path).shape[1::-1]) for path in results]
+    assert [f"{name} {width}x{height}" for name, width, height in found] == sizes
+
+
+def test_the_text_and_the_preview_are_of_the_picture_at_work(
+    comfy, folders, run, texts, bar, monkeypatch
+):
+    run()
+    assert texts[0] == "picture 1 of 3 · a.png"
+    assert texts[-1] == "3 pictures in 1 s · multistep, 3 steps"
+    assert next(preview[1].size for _, _, preview in bar if preview) == SIZES["a.png"]
+    (folders[0] / "photos" / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="1 of 3 pictures"):
+        run(overwrite=True)
+    assert texts[-1] == "1 of 3 pictures failed · 2 pictures in 1 s · multistep, 3 steps"
+
+    management = importlib.import_module("comfy.model_management")
+    monkeypatch.setattr(
+        comfy.module("nodes.infdit.folder"), "write_image", Mock(
+            side_effect=management.InterruptProcessingException()
+        ),
+    )  # fmt: skip
+    with pytest.raises(management.InterruptProcessingException):
+        run(overwrite=True)
+    assert texts[-1] == "cancelled at picture 1 of 3, a.png"
 
 
 def test_a_picture_that_fails_is_named_and_the_others_are_made(folders, run):

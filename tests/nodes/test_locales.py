@@ -1,6 +1,7 @@
 """The texts of the nodes in the interface's languages.
 
-Where a text is looked up: `nodeDefs.<id>.inputs.<id>.tooltip`, outputs by their index.
+Where a text is looked up: `nodeDefs.<id>.inputs.<id>.tooltip`, outputs by their index; those of
+choices, `inputs.<id>.options`, by web/choices.js, for the interface itself looks none up.
 """
 
 import json
@@ -29,7 +30,10 @@ def english(node) -> dict:
     inputs = {}
     for item in schema.inputs:
         inputs[item.id] = {"name": item.display_name or item.id, "tooltip": item.tooltip}
-        if item.as_dict().get("control_after_generate"):
+        details = item.as_dict()
+        if "options" in details and "default" in details:  # a list of files has no default
+            inputs[item.id]["options"] = {option: option for option in details["options"]}
+        if details.get("control_after_generate"):
             inputs["control_after_generate"] = {"name": "control after generate"}
     pairs = zip(info["output_name"], info["output_tooltips"], strict=True)
     return {
@@ -71,6 +75,15 @@ def test_chinese_texts_are_complete(from_schemas):
         if path[-1] in ("tooltip", "description") and not re.search("[\u4e00-\u9fff]", text)
     ]
     assert not untranslated
+
+
+def test_a_choice_in_chinese_names_what_is_saved(from_schemas):
+    """So that help, messages and other people's workflows are understood."""
+    chinese = paths(json.loads(CHINESE.read_text("utf-8")))
+    options = {path: text for path, text in paths(from_schemas).items() if "options" in path}
+    assert len(options) > 30
+    assert not [path for path, text in options.items() if text not in chinese[path]]
+    assert any(re.search("[\u4e00-\u9fff]", chinese[path]) for path in options)
 
 
 def test_numbers_are_the_same_in_both_languages(from_schemas):

@@ -9,29 +9,6 @@ import torch
 pytestmark = pytest.mark.comfy
 
 
-@pytest.fixture
-def texts(comfy, monkeypatch) -> list[str]:
-    """Every line that the node showed."""
-    told, progress = [], comfy.module("nodes.infdit.progress")
-    server = SimpleNamespace(
-        instance=SimpleNamespace(send_progress_text=lambda text, node_id: told.append(text))
-    )
-    monkeypatch.setattr(progress, "PromptServer", server)
-    monkeypatch.setattr(
-        comfy.nodes["InfDiTSampler"], "hidden", SimpleNamespace(unique_id="7"), raising=False
-    )
-    return told
-
-
-@pytest.fixture
-def clock(comfy, monkeypatch) -> SimpleNamespace:
-    """The time that progress sees: `clock.now` in seconds."""
-    clock = SimpleNamespace(now=1000.0)
-    clock.monotonic = lambda: clock.now
-    monkeypatch.setattr(comfy.module("nodes.infdit.progress"), "time", clock)
-    return clock
-
-
 def test_a_run_begins_with_its_sizes_and_ends_with_its_result(load, upscale, texts, clock):
     model = load("tiny")[0]
     upscale(model, torch.rand(1, 10, 12, 3), 4.0)
@@ -105,7 +82,7 @@ def lines(comfy, clock, texts, seconds, pictures=1, sizes=((64, 64),), steps=4):
         progress.start(torch.rand(pictures, 16, 16, 3), sizes, steps, steps, "euler")
         for run in range(pictures * len(sizes)):
             height, width = sizes[run % len(sizes)]
-            progress.begin(SimpleNamespace(height=height, width=width))
+            progress.begin(SimpleNamespace(height=height, width=width, crop=lambda x: x))
             for step in range(steps):
                 for cell in range(1, 11):
                     clock.now += seconds(run * steps + step) / 10

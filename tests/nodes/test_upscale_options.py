@@ -255,3 +255,35 @@ def test_a_mask_is_that_of_core(comfy, load, upscale, image):
     torch.testing.assert_close(by_strength[:, 11:], start[:, 11:], atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="Inf-DiT Upscale: expected a mask in the shape"):
         upscale(model, image, mask=torch.eye(20)[None])
+
+
+@pytest.mark.parametrize("name", ["tiny", "prior"])
+def test_the_advanced_way_starts_wraps_and_masks_as_upscale_does(comfy, load, upscale, image, name):
+    """A start is seen with denoise below 1, as KSampler has it: the end of a longer schedule."""
+    model, core = load(name)[0], importlib.import_module("nodes")
+    mask = torch.zeros(1, 10, 12)
+    mask[:, :4, :7] = 1
+    options = {"start_image": torch.rand(1, 20, 24, 3), "wrap": "horizontal", "mask": mask}
+    cond, latent, canvas = (
+        comfy.nodes["InfDiTConditioning"].execute(model, image, 2.0, **options).args
+    )
+    sampled = core.common_ksampler(
+        model, 5, 4, 1.0, "heun", "karras", cond, cond, latent, denoise=0.5
+    )[0]
+    sigmas = importlib.import_module("comfy.samplers").calculate_sigmas(
+        model.get_model_object("model_sampling"), "karras", 8
+    )[-5:]
+    decode = comfy.nodes["InfDiTDecode"].execute
+    for fix in ("none", "adain"):
+        found = decode(sampled, canvas, fix).args[0]
+        settings = {"sigmas": sigmas, "preset": "exact", "colour_fix": fix}
+        expected = upscale(model, image, 2.0, 5, **options, **settings)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[:, 9:], options["start_image"][:, 9:], atol=2e-6, rtol=0)
+    with pytest.raises(ValueError, match="Inf-DiT Decode: expected colour_fix none, adain or lab"):
+        decode(sampled, canvas, "wavelet")
+    pair = image.expand(2, -1, -1, -1)
+    _, latent, _ = comfy.nodes["InfDiTConditioning"].execute(model, pair, 2.0, **options).args
+    assert latent["samples"].shape[0] == 2
+    with pytest.raises(ValueError, match="Inf-DiT Conditioning: expected a picture to start from"):
+        comfy.nodes["InfDiTConditioning"].execute(model, image, 2.0, start_image=pair[:1, :, :9])
