@@ -1,0 +1,77 @@
+"""What ComfyUI does with the weights of a model: merging, LoRA and loading in part."""
+
+import importlib
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.goldens import TINY, random_tensors
+
+pytestmark = pytest.mark.comfy
+
+PREFIX = "diffusion_model.net."
+TABLES = ("layers.1.attention.segment_embed", "cross_attention.query_position",
+          "cross_attention.key_position")  # fmt: skip
+"""Learned vectors that are added, and multiply nothing."""
+
+
+def weights(patcher) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in patcher.model.diffusion_model.state_dict().items()}
+
+
+@contextmanager
+def partly_loaded(patcher, share: float = 0.01):
+    """All but a share of the weights stay where they are, and are cast when they are used."""
+    management, cpu = importlib.import_module("comfy.model_management"), torch.device("cpu")
+    patcher.unpatch_model(cpu)
+    patcher.patch_model(cpu, share * patcher.model_size())
+    assert patcher.model.model_lowvram
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(management, "load_models_gpu", lambda *args, **kwargs: None)
+        yield
+    patcher.unpatch_model(cpu)
+
+
+def test_every_parameter_is_a_weight_or_bias_that_comfyui_can_cast(load):
+    """ComfyUI's loader skips parameters of modules that have parts."""
+    for name in ("vector", "prior"):
+        for path, module in load(name)[0].model.diffusion_model.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            assert own.keys() <= {"weight", "bias"}, path
+            if own:
+                assert not list(module.children()), path
+                assert hasattr(module, "comfy_cast_weights"), path
+
+
+def test_merged_models_have_the_mean_of_all_weights(comfy, load):
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    save_file(random_tensors(TINY, seed=1), comfy.models_dir / "infdit" / "other.safetensors")
+    one, other = load("tiny")[0], load("other")[0]
+    (merged,) = ModelMergeSimple().merge(one, other, 0.25)
+    parts = weights(one), weights(other)
+    means = {key: parts[0][key] * 0.25 + parts[1][key] * 0.75 for key in parts[0]}
+    merged.patch_model(torch.device("cpu"))
+    for key, value in weights(merged).items():
+        torch.testing.assert_close(value, means[key], msg=key)
+    merged.unpatch_model(torch.device("cpu"))
+
+
+def test_a_patch_on_positions_acts_loaded_in_whole_and_in_part(load, upscale):
+    model, image = load("tiny")[0], torch.rand(1, 20, 12, 3)
+    plain = upscale(model, image, steps=1)
+    net = model.model.diffusion_model.net
+    for name in TABLES:
+        module = net.get_submodule(name)
+        patched, difference = model.clone(), torch.randn_like(module.weight)
+        patch = {f"{PREFIX}{name}.weight": ("diff", (difference,))}
+        assert patched.add_patches(patch) == list(patch)
+        by_patch = upscale(patched, image, steps=1)
+        assert (by_patch - plain).abs().max() > 1e-3
+
+        with partly_loaded(patched):
+            assert len(module.weight_function) == 1
+            assert torch.equal(upscale(patched, image, steps=1), by_patch)
+    torch.testing.assert_close(upscale(model, image, steps=1), plain)
