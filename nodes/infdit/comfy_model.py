@@ -33,6 +33,7 @@ from ...infdit_core.network.run import Run
 from ...infdit_core.pictures.prepare import Canvas
 from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import named_errors, require
+from .casting import CastingInfDiT
 from .patches import check_patches
 
 CLIP_ATTACHMENT = "infdit_clip"
@@ -61,13 +62,20 @@ _SAME_SIGMA = 1e-3
 """Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
 
 
-def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp8: bool = False):
+def load_patcher(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    *,
+    fp8: bool = False,
+    disable_dynamic: bool = False,
+):
     """Build the model of a checkpoint in a `ModelPatcher`.
 
     Args:
         checkpoint: an opened file.
         dtype: of the weights; None lets ComfyUI choose from the file's dtype and the device.
         fp8: 8-bit linear layers inside the transformer layers, by ComfyUI's quantised operations.
+        disable_dynamic: without dynamic VRAM, as ComfyUI asks for where a node needs the weights.
 
     Raises:
         CheckpointError: the file is not an Inf-DiT model; the message says why.
@@ -100,10 +108,10 @@ def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp
         ),
     )
     model = InfDiTModel(model_config, device=offload_device)
-    # looked up at call time: ComfyUI replaces it at its start where it has dynamic VRAM
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        model, load_device=load_device, offload_device=offload_device
-    )
+    # looked up at call time: ComfyUI replaces the core's at its start where it has dynamic VRAM
+    patchers = comfy.model_patcher
+    patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
     model.infdit.metadata = checkpoint.metadata
     return patcher
@@ -299,7 +307,9 @@ class DiffusionModel(torch.nn.Module):
     def __init__(self, config: InfDiTConfig, dtype=None, device=None, operations=None):
         super().__init__()
         self.dtype = dtype
-        self.net = InfDiT(config, dtype=dtype, device=device, operations=operations, attend=attend)
+        self.net = CastingInfDiT(
+            config, dtype=dtype, device=device, operations=operations, attend=attend
+        )
 
     def forward(
         self, x, timestep, context=None, control=None, transformer_options=None, **conds
