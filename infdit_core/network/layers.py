@@ -185,6 +185,11 @@ class Layer(nn.Module):
         self.attention.project = MethodType(compiled, self.attention)  # so that copies have theirs
         self.mlp.compile(**options)
 
+    def run_eagerly(self) -> None:
+        """Undo `compile_parts`."""
+        vars(self.attention).pop("project", None)
+        self.mlp._compiled_call_impl = None
+
 
 class FinalLayer(nn.Module):
     """Tokens to pixels: (B, r, c, T, hidden) -> (B, r, c, T, 3·patch²)."""

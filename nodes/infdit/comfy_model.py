@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import comfy.conds
@@ -16,6 +17,8 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
 import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
+from torch._dynamo.exc import TorchDynamoException
 
 from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
@@ -46,6 +49,8 @@ MEMORY = "infdit_memory"
 """Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
 REUSE_LAYERS = "infdit_reuse_layers"
 """Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
+COMPILE = "infdit_compile"
+"""Key in `transformer_options`: whether the parts of the layers are compiled; absent: no."""
 WRAP = "infdit_wrap"
 """Key in `transformer_options`: the `Wrap` of a canvas, which fills the margins; None for none."""
 
@@ -253,6 +258,10 @@ class InfDiTModel(comfy.model_base.BaseModel):
             if (tensor := kwargs.get(_KEY + name)) is not None:
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
         run = PlannedRun()
+        if self.current_patcher is not None:
+            run.compiler = self.current_patcher.model_options.get(TORCH_COMPILE_KWARGS, {}).get(
+                "backend"
+            )
         if self.infdit.prior is not None and "concat" in out:
             run.base = out["concat"].cond.float()
         out[_GUARD] = comfy.conds.CONDConstant(run)
@@ -281,6 +290,8 @@ class PlannedRun(Run):
     """A sampling run that is planned at its first evaluation."""
 
     adaptive: Adaptive | None = None
+    compiler: str | Callable | None = None
+    """The backend that core's node TorchCompileModel asks for; None for no such node."""
     base: torch.Tensor | None = None
     """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
 
@@ -310,7 +321,19 @@ class DiffusionModel(torch.nn.Module):
         self.net = CastingInfDiT(
             config, dtype=dtype, device=device, operations=operations, attend=attend
         )
+        self._compiler: str | Callable | None = None
 
+    def _compile(self, backend: str | Callable | None) -> None:
+        """Compile the parts of the layers, or have them run as they are."""
+        if backend == self._compiler:
+            return
+        self.net.run_eagerly()
+        if backend is not None:
+            self.net.compile_layers(backend=backend)
+        self._compiler = backend
+
+    # planning and the loop over chunks are nothing to compile: dynamo would unroll every cell
+    @torch.compiler.disable
     def forward(
         self, x, timestep, context=None, control=None, transformer_options=None, **conds
     ) -> torch.Tensor:
@@ -327,12 +350,26 @@ class DiffusionModel(torch.nn.Module):
         if run.cache is None and (layers := options.get(REUSE_LAYERS, 0)):
             run.cache = ResidualCache(layers, _SAME_SIGMA)
 
+        self._compile(run.compiler or ("inductor" if options.get(COMPILE) else None))
+
         sigma = (4 * timestep).exp()
         wrap = options.get(WRAP) or (lambda picture: picture)
         x = wrap(x)
 
         def evaluate(schedule: Schedule) -> torch.Tensor:
-            return wrap(self._evaluate(x, sigma, cond, schedule, run))
+            try:
+                return wrap(self._evaluate(x, sigma, cond, schedule, run))
+            except TorchDynamoException as error:
+                if _is_out_of_memory(error):
+                    raise
+                what = " ".join(
+                    str(error).split("\n\n")[0].split()
+                )  # advice for developers follows
+                raise InfDiTError(
+                    "Inf-DiT: expected a PyTorch that can compile on this device; got"
+                    f" {type(error).__name__}: {what}. Switch compile off in Inf-DiT Schedule, or"
+                    " remove TorchCompileModel."
+                ) from error
 
         if (schedule := options.get(SCHEDULE)) is not None:
             return evaluate(schedule)

@@ -55,8 +55,8 @@ class InfDiTCheckpointLoader(io.ComfyNode):
                     default="default",
                     tooltip="Number format of the weights. Default takes that of the file where"
                     " the device supports it; fp32 is exact and needs twice the memory of bf16;"
-                    " fp8 layers halve that of bf16, are fast on NVIDIA GPUs of 2022 and later,"
-                    " slow elsewhere, and not exact.",
+                    " fp8 layers keeps the weights of the layers in 8 bits: the released model then"
+                    " takes two thirds of the memory of bf16, and is not exact.",
                 ),
             ],
             outputs=[

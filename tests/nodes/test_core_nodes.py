@@ -41,11 +41,55 @@ def assert_loaded_anew(model, original) -> None:
 def test_torch_compile_model(dynamic, load, upscale):
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-    image = torch.rand(1, 10, 12, 3)
-    compiled = TorchCompileModel.execute(dynamic, "eager").args[0]
+    image, graphs = torch.rand(1, 10, 12, 3), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = TorchCompileModel.execute(dynamic, backend).args[0]
     assert_loaded_anew(compiled, dynamic)
     assert not compiled.is_dynamic()
     torch.testing.assert_close(upscale(compiled, image), upscale(load("tiny")[0], image))
+    assert 2 <= len(graphs) <= 4, "the projections and the MLP, which all layers share"
+
+
+def test_the_switch_compiles_the_parts_of_the_layers_of_its_model(
+    comfy, load, upscale, monkeypatch
+):
+    network = comfy.module("infdit_core.network.model").InfDiT
+    compile_layers, backends = network.compile_layers, []
+
+    def eagerly(self, *, backend):
+        backends.append(backend)
+        compile_layers(self, backend="eager")
+
+    monkeypatch.setattr(network, "compile_layers", eagerly)
+    model, image = load("tiny")[0], torch.rand(1, 10, 12, 3)
+    plain, first = upscale(model, image), model.model.infdit.layers[0]
+    execute = comfy.nodes["InfDiTSchedule"].execute
+    switched = execute(model, "auto", 1, False, 0.0, compile=True).args[0]
+    torch.testing.assert_close(upscale(switched, image), plain)
+    assert backends == ["inductor"]
+    assert "project" in vars(first.attention)
+    assert torch.equal(upscale(model, image), plain)
+    assert "project" not in vars(first.attention)
+    assert first.mlp._compiled_call_impl is None
+
+
+def test_a_failure_to_compile_is_named(comfy, load, upscale, monkeypatch):
+    network = comfy.module("infdit_core.network.model").InfDiT
+    compile_layers = network.compile_layers
+
+    def fail(graph, inputs):
+        raise OSError("no compiler")
+
+    failing = lambda self, backend: compile_layers(self, backend=fail)  # noqa: E731
+    monkeypatch.setattr(network, "compile_layers", failing)
+    execute = comfy.nodes["InfDiTSchedule"].execute
+    switched = execute(load("tiny")[0], "auto", 1, False, 0.0, compile=True).args[0]
+    with pytest.raises(ValueError, match="compile on this device; got .*no compiler.*Switch"):
+        upscale(switched, torch.rand(1, 10, 12, 3))
 
 
 def test_select_model_device(dynamic, load, upscale, monkeypatch):

@@ -75,3 +75,30 @@ def test_a_patch_on_positions_acts_loaded_in_whole_and_in_part(load, upscale):
             assert len(module.weight_function) == 1
             assert torch.equal(upscale(patched, image, steps=1), by_patch)
     torch.testing.assert_close(upscale(model, image, steps=1), plain)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("schedule", ["whole picture", "layer by layer"])
+def test_8_bit_layers_partly_loaded_and_with_a_patch(
+    comfy, load, upscale, monkeypatch, schedule, fast
+):
+    """`fast` is a device that multiplies 8-bit numbers: inputs are rounded, too."""
+    management = importlib.import_module("comfy.model_management")
+    monkeypatch.setattr(management, "supports_fp8_compute", lambda device=None: fast)
+    model, image = load("tiny", "fp8 layers")[0], torch.rand(1, 20, 12, 3)
+    model = comfy.nodes["InfDiTSchedule"].execute(model, schedule, 1, False, 0.0).args[0]
+    layer = model.model.infdit.layers[0].mlp.fc1
+    assert layer._full_precision_mm is not fast
+    expected = upscale(model, image, steps=1)
+    with partly_loaded(model):
+        assert type(layer.weight).__name__ == "QuantizedTensor"
+        torch.testing.assert_close(upscale(model, image, steps=1), expected)
+
+    patch = {f"{PREFIX}layers.0.mlp.fc1.weight": ("diff", (torch.randn(TINY.mlp_size, 32) / 4,))}
+    patched = model.clone()
+    assert patched.add_patches(patch)
+    changed = upscale(patched, image, steps=1)
+    moved = (changed - expected).abs().mean()
+    with partly_loaded(patched):
+        assert layer.weight_function
+        assert (upscale(patched, image, steps=1) - changed).abs().mean() < moved / 4
