@@ -19,7 +19,8 @@ from ...infdit_core.errors import InfDiTError
 from ...infdit_core.network.config import DTYPES
 from ..common import CATEGORY, Clip, named_errors, require
 from .clip import PatchedClip
-from .comfy_model import CLIP_ATTACHMENT, load_patcher
+from .comfy_model import CLIP_ATTACHMENT
+from .model_file import load_patcher
 
 _FOLDER = "infdit"
 _EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}

@@ -77,7 +77,8 @@ class InfDiTSchedule(io.ComfyNode):
                     advanced=True,
                     tooltip="PyTorch compiles the parts of each layer around its attention, which"
                     " then move less memory. Takes about a minute in the first evaluation, and"
-                    " changes nothing but rounding. Needs Triton on a GPU, a C++ compiler on a CPU.",
+                    " changes nothing but rounding. Needs Triton on a GPU, a C++ compiler on a"
+                    " CPU.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with this schedule.")],

@@ -88,7 +88,7 @@ def test_a_failure_to_compile_is_named(comfy, load, upscale, monkeypatch):
     monkeypatch.setattr(network, "compile_layers", failing)
     execute = comfy.nodes["InfDiTSchedule"].execute
     switched = execute(load("tiny")[0], "auto", 1, False, 0.0, compile=True).args[0]
-    with pytest.raises(ValueError, match="compile on this device; got .*no compiler.*Switch"):
+    with pytest.raises(ValueError, match=r"compile on this device; got .*no compiler.*Switch"):
         upscale(switched, torch.rand(1, 10, 12, 3))
 
 

@@ -102,3 +102,21 @@ def test_8_bit_layers_partly_loaded_and_with_a_patch(
     with partly_loaded(patched):
         assert layer.weight_function
         assert (upscale(patched, image, steps=1) - changed).abs().mean() < moved / 4
+
+
+@pytest.mark.parametrize("state", ["LOW_VRAM", "NO_VRAM"])
+def test_a_clip_tower_is_loaded_in_whole_or_not_at_all(load, monkeypatch, state):
+    """Its layers are open_clip's: ComfyUI does not cast what it left elsewhere."""
+    management, meta = importlib.import_module("comfy.model_management"), torch.device("meta")
+    clip = load("clip")[1]
+    monkeypatch.setattr(management, "vram_state", getattr(management.VRAMState, state))
+    monkeypatch.setattr(management, "get_free_memory", lambda *_, **__: clip.patcher.size * 1.5)
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
+    monkeypatch.setattr(management, "free_memory", lambda *_, **__: [])
+    monkeypatch.setattr(clip.patcher, "load_device", meta)
+    seen = []
+    monkeypatch.setattr(clip.guide, "guide", lambda image, *_: seen.append(image.device) or image)
+    clip.vector(torch.rand(1, 30, 40, 3))
+    devices = {parameter.device for parameter in clip.guide.model.parameters()}
+    assert devices == {meta if state == "LOW_VRAM" else torch.device("cpu")}
+    assert seen == [torch.device("cpu")], "antialiased resizing is not there on every device"
