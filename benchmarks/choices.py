@@ -26,7 +26,6 @@ from torch import Tensor
 
 from infdit_core import InfDiT, load_model
 from infdit_core.network.config import DTYPES
-from infdit_core.network.fp8 import use_fp8
 from infdit_core.sampling import AUTO, AUTO_KEY, find_preset
 from training.data import Photos
 
@@ -44,28 +43,23 @@ class Choice:
 
     preset: str = "exact"
     bf16: bool = False
-    fp8: bool = False
     reuse: float = 0.0
     """Share of the layers that is left out where sigma is that of the last evaluation."""
 
     @property
     def name(self) -> str:
-        words = [self.preset, "bf16" if self.bf16 else "", "fp8" if self.fp8 else ""]
+        words = [self.preset, "bf16" if self.bf16 else ""]
         words.append(f"reuse {self.reuse:.0%}" if self.reuse else "")
         return ", ".join(word for word in words if word)
 
 
 CHOICES = [
     Choice(AUTO, bf16=True),
-    Choice(AUTO, bf16=True, fp8=True),
     Choice(bf16=True),
-    Choice(bf16=True, fp8=True),
     Choice(bf16=True, reuse=0.5),
     Choice(bf16=True, reuse=0.75),
     Choice("fast", bf16=True),
-    Choice("fast", bf16=True, fp8=True),
     Choice("draft", bf16=True),
-    Choice(bf16=True, fp8=True, reuse=0.75),
 ]
 
 
@@ -81,8 +75,6 @@ def changed(exact: InfDiT, choice: Choice) -> InfDiT:
     model = copy.deepcopy(exact)
     if choice.bf16:
         model.bfloat16()
-    if choice.fp8:
-        use_fp8(model)
     return model
 
 

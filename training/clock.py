@@ -52,7 +52,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = initialise(InfDiT(CONFIG))
         for path in args.start:
-            self.model.load_state_dict(load_file(path), strict=False)
+            unknown = self.model.load_state_dict(load_file(path), strict=False).unexpected_keys
+            if unknown:
+                raise SystemExit(f"{path}: expected weights of this network; got {unknown[0]}")
         self.model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - its stubs lack memory_format alone
         self.judge = args.judge or self.out / "judge.safetensors"
         """File of the adversary that the stages share."""

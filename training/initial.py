@@ -90,12 +90,13 @@ def look_at_input(model: InfDiT) -> None:
 
     cross.query_norm.weight.fill_(LR_CONTENT)
     window = waves(torch.arange(config.lr_window, dtype=torch.float32))
-    cross.key_position[0] = both(window, window)[:, None].to(cross.key_position)
+    cross.key_position.weight.copy_(both(window, window).repeat(1, config.num_heads))
     places = (torch.arange(config.block_patches) + 0.5) * config.lr_block / config.block_patches
     places += config.lr_block - 0.5
+    by_heads = cross.query_position.weight.unflatten(1, (config.num_heads, -1))
     for head in range(config.num_heads):
         rows, columns = (waves(places + (0.5 if head >> bit & 1 else -0.5)) for bit in (1, 0))
-        cross.query_position[0, :, head] = both(rows, columns).to(cross.query_position)
+        by_heads[:, head] = both(rows, columns)
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def windows(run: Run, count: int, real: bool) -> tuple[Tensor, Condition]:
 
 
 def matrices(model: InfDiT) -> list[nn.Parameter]:
-    return [p for p in model.layers.parameters() if p.ndim == 2]
+    return [p for name, p in model.layers.named_parameters() if p.ndim == 2 and "embed" not in name]
 
 
 def transformer_stage(run: Run, name: str, deadline: float, every: float) -> Stage:

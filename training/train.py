@@ -175,7 +175,7 @@ def optimizers(model: InfDiT, settings: Settings) -> list[torch.optim.Optimizer]
     """AdamW; or Muon for the matrices inside the layers and AdamW for everything else."""
     inner, other = [], list(model.parameters())
     if settings.optimizer == "muon":
-        inner = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
+        inner = [m.weight for m in model.layers.modules() if isinstance(m, nn.Linear)]
         chosen = set(map(id, inner))
         other = [p for p in other if id(p) not in chosen]
     rate, decay = settings.learning_rate, settings.weight_decay

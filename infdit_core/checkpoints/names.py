@@ -23,7 +23,7 @@ _UNUSED = re.compile(
 
 _ADALN = "mixins.adaln_layer."
 _LAYER = "transformer.layers.{n}."
-_SEGMENTS = _ADALN + "re_pos_embed"  # (L, 4, A, d): one tensor for all layers, here one for each
+_SEGMENTS = _ADALN + "re_pos_embed"  # (L, 4, A, d) for all layers, here (4, hidden) for each
 _MODULATION = _ADALN + "adaLN_modulations.{n}.1.{leaf}"  # one for each layer, here one for all
 
 MODULE_NAMES = {
@@ -43,8 +43,6 @@ MODULE_NAMES = {
     _ADALN + "cross_attention.dense": "cross_attention.dense",
     _ADALN + "cross_q_ln": "cross_attention.query_norm",
     _ADALN + "cross_k_ln": "cross_attention.key_norm",
-    _ADALN + "lr_query_position_embedding": "cross_attention.query_position",
-    _ADALN + "lr_key_position_embedding": "cross_attention.key_position",
     _ADALN + "post_cross_attention_layernorm": "cross_attention.output_norm",
     "mixins.final_layer.adaLN_modulation.1": "final.modulation",
     "mixins.final_layer.linear": "final.linear",
@@ -53,7 +51,13 @@ MODULE_NAMES = {
     "prior.body.{n}.b": "prior.body.{n}.b",
     "prior.tail": "prior.tail",
 }
-"""Modules and bare parameters: the release's name to ours; `{n}` is the layer."""
+"""Modules: the release's name to ours; `{n}` is the layer."""
+
+_POSITIONS = {
+    _ADALN + "lr_query_position_embedding": "cross_attention.query_position.weight",
+    _ADALN + "lr_key_position_embedding": "cross_attention.key_position.weight",
+}
+"""Bare parameters (1, n, A, d) of the release, to our embeddings (n, hidden)."""
 
 
 def is_known_extra(key: str) -> bool:
@@ -65,7 +69,10 @@ def release_shapes(config: InfDiTConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that the network needs, under the release's names."""
     ours = parameter_shapes(config)
     shapes = {key: ours[name] for key, name in _renames(config).items()}
-    shapes[_SEGMENTS] = (config.num_layers, *ours[_segment_name(0)])
+    heads = config.num_heads, config.head_dim
+    for key, name in _POSITIONS.items():
+        shapes[key] = (1, ours[name][0], *heads)
+    shapes[_SEGMENTS] = (config.num_layers, ours[_segment_name(0)][0], *heads)
     for leaf, keys in _modulation_keys(config).items():
         rows, *columns = ours[f"modulations.{leaf}"]
         shapes.update(dict.fromkeys(keys, (rows // config.num_layers, *columns)))
@@ -75,7 +82,9 @@ def release_shapes(config: InfDiTConfig) -> dict[str, tuple[int, ...]]:
 def network_state_dict(checkpoint: Checkpoint, config: InfDiTConfig) -> dict[str, Tensor]:
     """The tensors of the network under the names of `InfDiT`; reads nothing else of the file."""
     state = {ours: checkpoint.tensor(key) for key, ours in _renames(config).items()}
-    for n, segments in enumerate(checkpoint.tensor(_SEGMENTS)):
+    for key, ours in _POSITIONS.items():
+        state[ours] = checkpoint.tensor(key)[0].flatten(1)
+    for n, segments in enumerate(checkpoint.tensor(_SEGMENTS).flatten(2)):
         state[_segment_name(n)] = segments
     for leaf, keys in _modulation_keys(config).items():
         state[f"modulations.{leaf}"] = torch.cat([checkpoint.tensor(key) for key in keys])
@@ -85,8 +94,11 @@ def network_state_dict(checkpoint: Checkpoint, config: InfDiTConfig) -> dict[str
 def release_state_dict(state_dict: Mapping[str, Tensor], config: InfDiTConfig) -> dict[str, Tensor]:
     """The inverse of `network_state_dict`: from the names of `InfDiT` to the release's."""
     state = {key: state_dict[ours] for key, ours in _renames(config).items()}
+    heads = config.num_heads, config.head_dim
+    for key, ours in _POSITIONS.items():
+        state[key] = state_dict[ours].unflatten(1, heads)[None]
     segments = [state_dict[_segment_name(n)] for n in range(config.num_layers)]
-    state[_SEGMENTS] = torch.stack(segments)
+    state[_SEGMENTS] = torch.stack(segments).unflatten(2, heads)
     for leaf, keys in _modulation_keys(config).items():
         parts = state_dict[f"modulations.{leaf}"].chunk(config.num_layers)
         state.update(zip(keys, parts, strict=True))
@@ -109,9 +121,7 @@ def _renames(config: InfDiTConfig) -> dict[str, str]:
     renames = {}
     for name in parameter_shapes(config):
         module, _, leaf = name.rpartition(".")
-        if name in release:
-            renames[release[name]] = name
-        elif module in release:
+        if module in release:
             renames[f"{release[module]}.{leaf}"] = name
     return renames
 
@@ -125,4 +135,4 @@ def _modulation_keys(config: InfDiTConfig) -> dict[str, list[str]]:
 
 
 def _segment_name(layer: int) -> str:
-    return f"layers.{layer}.attention.segment_embed"
+    return f"layers.{layer}.attention.segment_embed.weight"

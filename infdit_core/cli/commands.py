@@ -21,7 +21,6 @@ from ..errors import InfDiTError
 from ..memory.adaptive import is_out_of_memory
 from ..memory.planner import Workload, evaluation_flop, gigabytes, plans
 from ..network.config import DTYPES
-from ..network.fp8 import use_fp8
 from ..network.model import InfDiT
 from ..pictures.files import check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
@@ -67,8 +66,6 @@ def upscale_files(args: argparse.Namespace) -> int:
             f"--reuse-layers: expected less than the {model.config.num_layers} layers of"
             f" {args.model.name}, got {args.reuse_layers}"
         )
-    if args.fp8:
-        use_fp8(model)
     if args.compile:
         model.compile_layers()
     failed = []

@@ -202,12 +202,6 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         help="leave out this many of the last layers where heun evaluates a noise level for the"
         " second time, and add what they added the first time",
     )
-    faster.add_argument(
-        "--fp8",
-        action="store_true",
-        help="8-bit linear layers: half the memory, faster on NVIDIA GPUs of 2022 and later, slower"
-        " elsewhere",
-    )
 
 
 def _add_convert(commands, common: argparse.ArgumentParser) -> None:

@@ -33,9 +33,13 @@ def _per_token(x: Tensor) -> Tensor:
     return x[:, None, None, None]
 
 
-def cast_like(parameter: Tensor, x: Tensor) -> Tensor:
-    """A bare parameter on the device and in the dtype that the computation runs in."""
-    return parameter.to(device=x.device, dtype=x.dtype)
+def cast_like(embedding: nn.Embedding, x: Tensor) -> Tensor:
+    """All rows of an embedding (n, hidden) by heads, where `x` (..., d) lies and in its dtype.
+
+    Through its forward, because that is where ComfyUI casts weights and adds LoRA to them.
+    """
+    rows = embedding(torch.arange(embedding.num_embeddings, device=x.device))
+    return rows.to(x.dtype).unflatten(-1, (-1, x.shape[-1]))  # (n, A, d)
 
 
 class MLPEmbedding(nn.Module):
@@ -70,7 +74,7 @@ class BlockAttention(nn.Module):
         self.num_heads, self.side = config.num_heads, config.block_patches
         self.qkv = ops.Linear(h, 3 * h, **factory)
         self.qk_norm = ops.LayerNorm(d, eps=EPS, **factory)  # for queries and keys alike
-        self.segment_embed = nn.Parameter(torch.empty(4, config.num_heads, d, **factory))
+        self.segment_embed = ops.Embedding(4, h, **factory)
         self.dense = ops.Linear(h, h, **factory)
 
     def forward(
@@ -114,14 +118,14 @@ class LRCrossAttention(nn.Module):
 
     def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
         super().__init__()
-        h, d, heads = config.hidden_size, config.head_dim, config.num_heads
-        self.num_heads, self.lr_block = heads, config.lr_block
+        h, d = config.hidden_size, config.head_dim
+        self.num_heads, self.lr_block = config.num_heads, config.lr_block
         self.query = ops.Linear(h, h, **factory)
         self.key_value = ops.Linear(h, 2 * h, **factory)
         self.query_norm = ops.LayerNorm(d, eps=EPS, **factory)
         self.key_norm = ops.LayerNorm(d, eps=EPS, **factory)
-        self.query_position = nn.Parameter(torch.empty(1, config.block_tokens, heads, d, **factory))
-        self.key_position = nn.Parameter(torch.empty(1, config.lr_window**2, heads, d, **factory))
+        self.query_position = ops.Embedding(config.block_tokens, h, **factory)
+        self.key_position = ops.Embedding(config.lr_window**2, h, **factory)
         self.dense = ops.Linear(h, h, **factory)
         self.output_norm = ops.LayerNorm(h, eps=EPS, **factory)  # of the MLP that follows
 
@@ -180,6 +184,11 @@ class Layer(nn.Module):
         compiled = torch.compile(BlockAttention.project, **options)
         self.attention.project = MethodType(compiled, self.attention)  # so that copies have theirs
         self.mlp.compile(**options)
+
+    def run_eagerly(self) -> None:
+        """Undo `compile_parts`."""
+        vars(self.attention).pop("project", None)
+        self.mlp._compiled_call_impl = None
 
 
 class FinalLayer(nn.Module):

@@ -336,6 +336,11 @@ class InfDiT(nn.Module):
         for layer in cast("list[Layer]", self.layers):
             layer.compile_parts(dynamic=True, **options)
 
+    def run_eagerly(self) -> None:
+        """Undo `compile_layers`."""
+        for layer in cast("list[Layer]", self.layers):
+            layer.run_eagerly()
+
 
 def _check(config: InfDiTConfig, x: Tensor, sigma: Tensor, cond: Condition) -> None:
     batch, _, height, width = x.shape

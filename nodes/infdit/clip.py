@@ -27,6 +27,7 @@ class PatchedClip:
         self, image: torch.Tensor, positive: str = "", negative: str = "", text_strength: float = 0
     ) -> torch.Tensor:
         """(B, vector_size) float32 embeddings on the CPU; see `ClipGuide.guide`."""
-        comfy.model_management.load_models_gpu([self.patcher])
-        image = image.to(self.patcher.load_device)
-        return self.guide.guide(image, positive, negative, text_strength).float().cpu()
+        # in whole or not at all: open_clip's layers are not ComfyUI's, which cast what is elsewhere
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        # resized on the CPU, because not every device can; then it follows the weights
+        return self.guide.guide(image.cpu(), positive, negative, text_strength).float().cpu()

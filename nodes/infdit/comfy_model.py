@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from dataclasses import replace
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import comfy.conds
 import comfy.latent_formats
 import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
 import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
+from torch._dynamo.exc import TorchDynamoException
 
 from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
-from ...infdit_core.checkpoints.checkpoint import Checkpoint
-from ...infdit_core.checkpoints.load import read_network
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
 from ...infdit_core.memory.planner import Workload, plans, small_plan
@@ -33,6 +32,7 @@ from ...infdit_core.network.run import Run
 from ...infdit_core.pictures.prepare import Canvas, Wrap
 from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import named_errors, require
+from .casting import CastingInfDiT
 from .patches import check_patches
 
 CLIP_ATTACHMENT = "infdit_clip"
@@ -45,6 +45,8 @@ MEMORY = "infdit_memory"
 """Key in `transformer_options`: bytes that the plan may take; what is free if absent."""
 REUSE_LAYERS = "infdit_reuse_layers"
 """Key in `transformer_options`: how many layers a `ResidualCache` leaves out; 0 or absent: none."""
+COMPILE = "infdit_compile"
+"""Key in `transformer_options`: whether the parts of the layers are compiled; absent: no."""
 
 _GUARD = "run"
 """Key of the model's conditions under which `InfDiTModel` has its `PlannedRun`."""
@@ -52,86 +54,16 @@ _KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
 """Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
 _WRAP = _KEY + "wrap"
 """Key in CONDITIONING: the `Wrap` of a canvas, which fills the margins; None for none."""
-_FP8 = torch.float8_e4m3fn
-_FP8_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(qkv|dense)|mlp\.fc[12])\.weight")
-"""The weights of the transformer layers, which are nearly all of the network."""
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
 _SAME_SIGMA = 1e-3
 """Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
 
 
-def load_patcher(checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, fp8: bool = False):
-    """Build the model of a checkpoint in a `ModelPatcher`.
-
-    Args:
-        checkpoint: an opened file.
-        dtype: of the weights; None lets ComfyUI choose from the file's dtype and the device.
-        fp8: 8-bit linear layers inside the transformer layers, by ComfyUI's quantised operations.
-
-    Raises:
-        CheckpointError: the file is not an Inf-DiT model; the message says why.
-    """
-    config, state_dict = read_network(checkpoint)
-    load_device = comfy.model_management.get_torch_device()
-    offload_device = comfy.model_management.unet_offload_device()
-    supported = InfDiTModelConfig.supported_inference_dtypes
-    weight_dtype = dtype or comfy.model_management.unet_dtype(
-        device=load_device,
-        model_params=sum(t.numel() for t in state_dict.values()),
-        supported_dtypes=supported,
-        weight_dtype=state_dict["final.linear.weight"].dtype,
-    )
-    if fp8 and weight_dtype.itemsize == 1:  # --fp8_e4m3fn-unet: the other weights have no scales
-        cast = comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported)
-        weight_dtype = cast or torch.float32
-    model_config = InfDiTModelConfig({"config": config})
-    model_config.sampling_settings = InfDiTModelConfig.sampling_settings | {
-        "sigma_max": config.sigma_max,
-        "sigma_data": config.sigma_data,
-    }
-    if fp8:
-        model_config.quant_config = {"mixed_ops": True}  # as core sets it for quantised files
-        state_dict |= _quantized({k: v for k, v in state_dict.items() if _FP8_WEIGHT.fullmatch(k)})
-    model_config.set_inference_dtype(
-        weight_dtype,
-        comfy.model_management.unet_manual_cast(
-            None if fp8 else weight_dtype, load_device, supported
-        ),
-    )
-    model = InfDiTModel(model_config, device=offload_device)
-    # looked up at call time: ComfyUI replaces it at its start where it has dynamic VRAM
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        model, load_device=load_device, offload_device=offload_device
-    )
-    model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
-    model.infdit.metadata = checkpoint.metadata
-    return patcher
-
-
-def _quantized(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights (n, m) in 8 bits with what core's own format says of them."""
-    note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
-    state_dict = {}
-    for key, weight in weights.items():
-        scale = weight.float().abs().amax().clamp(min=1e-12) / torch.finfo(_FP8).max
-        prefix = key.removesuffix("weight")
-        state_dict[key] = (weight.float() / scale).to(_FP8)
-        state_dict[f"{prefix}weight_scale"] = scale
-        state_dict[f"{prefix}comfy_quant"] = note
-    return state_dict
-
-
 def require_infdit(model: object) -> None:
     """Raise InfDiTError unless `model` is a MODEL that holds an Inf-DiT."""
     inner = getattr(model, "model", model)
     require(inner, InfDiTModel, "expected a model from Load Inf-DiT Checkpoint")
-    if "model_function_wrapper" in getattr(model, "model_options", {}):
-        raise InfDiTError(
-            "expected a model without a wrapper, as Seamless Tiling and tiled diffusion set one:"
-            " they roll or cut the noisy picture and not what Inf-DiT compares it with. Inf-DiT"
-            " Upscale makes no tiles, and has wrap for seamless pictures"
-        )
 
 
 def conditioning_of(cond: Condition, wrap: Wrap | None = None) -> list:
@@ -213,6 +145,8 @@ class InfDiTModel(comfy.model_base.BaseModel):
             model_config, comfy.model_base.ModelType.EDM, device=device, unet_model=DiffusionModel
         )
         self.model_sampling = InfDiTModelSampling(model_config)
+        self._recent: weakref.ref[Runs] | None = None
+        self._given: torch.Tensor | None = None
 
     @property
     def infdit_config(self) -> InfDiTConfig:
@@ -245,12 +179,41 @@ class InfDiTModel(comfy.model_base.BaseModel):
         for name in _CONDITIONS:
             if (tensor := kwargs.get(_KEY + name)) is not None:
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
-        run = PlannedRun()
-        run.wrap = kwargs.get(_WRAP)
-        if self.infdit.prior is not None and "concat" in out:
-            run.base = out["concat"].cond.float()
-        out[_GUARD] = comfy.conds.CONDConstant(run)
+        state = ConditionState(self._runs(kwargs["noise"], out["lr"].cond, kwargs.get("hooks")))
+        if self.current_patcher is not None:
+            compiling = self.current_patcher.model_options.get(TORCH_COMPILE_KWARGS, {})
+            state.compiler = compiling.get("backend")
+        state.wrap = kwargs.get(_WRAP)
+        if self.infdit.prior is not None:
+            state.base = out["concat"].cond.float()
+        out[_GUARD] = comfy.conds.CONDConstant(state)
         return out
+
+    def _runs(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> Runs:
+        """Those of this sampling, shared by conditions of one LR picture, or new ones."""
+        runs = self._recent() if self._recent is not None else None
+        if runs is None or not runs.are_of(noise, lr, hooks):
+            runs = Runs(noise, lr, hooks)
+            self._recent = weakref.ref(runs)  # they live as long as the conditions
+        return runs
+
+    def apply_model(self, x, t, *args, **kwargs):
+        self._given = x
+        try:
+            return super().apply_model(x, t, *args, **kwargs)
+        finally:
+            self._given = None
+
+    def _apply_model(self, x, t, *args, **kwargs):
+        # called by the wrappers on the model, which may roll the picture and not its conditions
+        given = self._given
+        if given is not None and x is not given and not torch.equal(x, given):
+            raise InfDiTError(
+                "Inf-DiT: expected the noisy picture that the sampler made; got another from a"
+                " wrapper on the model. What rolls, cuts or changes it does not change what Inf-DiT"
+                " compares it with: take that node off the model."
+            )
+        return super()._apply_model(x, t, *args, **kwargs)
 
     def memory_required(self, input_shape, cond_shapes=None):
         """Bytes that sampling should find free: those of the leanest schedule that is fast."""
@@ -275,9 +238,6 @@ class PlannedRun(Run):
     """A sampling run that is planned at its first evaluation."""
 
     adaptive: Adaptive | None = None
-    wrap: Wrap | None = None
-    base: torch.Tensor | None = None
-    """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
 
     def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
         """The fastest schedule for x (B, 3, H, W) that fits."""
@@ -296,14 +256,67 @@ class PlannedRun(Run):
         return self.adaptive
 
 
+class Runs:
+    """The sampling run of each device, with the plan and the LR picture's keys and values.
+
+    Args:
+        noise: the object that a sampling has of its own.
+        lr: the LR picture.
+        hooks: ComfyUI's hooks on the condition, or None.
+    """
+
+    def __init__(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> None:
+        self._noise, self._lr = weakref.ref(noise), lr
+        self._hooked = hooks is not None
+        self._by_device: dict[torch.device, PlannedRun] = {}
+
+    def are_of(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> bool:
+        if self._noise() is not noise or self._hooked or hooks is not None:
+            return False
+        return self._lr.shape == lr.shape and torch.equal(self._lr, lr)
+
+    def on(self, device: torch.device) -> PlannedRun:
+        run = self._by_device.setdefault(device, PlannedRun())
+        if self._hooked:  # they change weights, and by step
+            run.lr_kv = None
+        return run
+
+
+@dataclass(eq=False)
+class ConditionState:
+    """What a condition has of its own in a sampling, and what it shares with others."""
+
+    runs: Runs
+    cache: ResidualCache | None = None
+    compiler: str | Callable | None = None
+    """The backend that core's node TorchCompileModel asks for; None for no such node."""
+    wrap: Wrap | None = None
+    base: torch.Tensor | None = None
+    """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
+
+
 class DiffusionModel(torch.nn.Module):
     """`InfDiT` behind the interface that `BaseModel.apply_model` calls."""
 
     def __init__(self, config: InfDiTConfig, dtype=None, device=None, operations=None):
         super().__init__()
         self.dtype = dtype
-        self.net = InfDiT(config, dtype=dtype, device=device, operations=operations, attend=attend)
+        self.net = CastingInfDiT(
+            config, dtype=dtype, device=device, operations=operations, attend=attend
+        )
+        self._compiler: str | Callable | None = None
 
+    def _compile(self, backend: str | Callable | None) -> None:
+        """Compile the parts of the layers, or have them run as they are."""
+        if backend == self._compiler:
+            return
+        self.net.run_eagerly()
+        if backend is not None:
+            self.net.compile_layers(backend=backend)
+        self._compiler = backend
+
+    # planning and the loop over chunks are nothing to compile: dynamo would unroll every cell
+    @torch.compiler.disable
     def forward(
         self, x, timestep, context=None, control=None, transformer_options=None, **conds
     ) -> torch.Tensor:
@@ -315,34 +328,54 @@ class DiffusionModel(torch.nn.Module):
                 f" {size_of(x)}. Something on the model works in tiles or windows: remove it."
             )
         cond = Condition(conds["concat"], conds["lr"], conds.get("vector"))
-        run: PlannedRun = conds["run"]
-        run.progress = _interruptible(options.get(PROGRESS))
-        if run.cache is None and (layers := options.get(REUSE_LAYERS, 0)):
-            run.cache = ResidualCache(layers, _SAME_SIGMA)
+        state: ConditionState = conds["run"]
+        if state.cache is None and (layers := options.get(REUSE_LAYERS, 0)):
+            state.cache = ResidualCache(layers, _SAME_SIGMA)
+        run = state.runs.on(x.device)
+        run.progress, run.cache = _interruptible(options.get(PROGRESS)), state.cache
+        self._compile(state.compiler or ("inductor" if options.get(COMPILE) else None))
 
         sigma = (4 * timestep).exp()
-        wrap = run.wrap or (lambda picture: picture)
+        wrap = state.wrap or (lambda picture: picture)
         x = wrap(x)
 
         def evaluate(schedule: Schedule) -> torch.Tensor:
-            return wrap(self._evaluate(x, sigma, cond, schedule, run))
+            try:
+                return wrap(self._evaluate(x, sigma, cond, schedule, run, state.base))
+            except TorchDynamoException as error:
+                if _is_out_of_memory(error):
+                    raise
+                what = " ".join(
+                    str(error).split("\n\n")[0].split()
+                )  # advice for developers follows
+                raise InfDiTError(
+                    "Inf-DiT: expected a PyTorch that can compile on this device; got"
+                    f" {type(error).__name__}: {what}. Switch compile off in Inf-DiT Schedule, or"
+                    " remove TorchCompileModel."
+                ) from error
 
         if (schedule := options.get(SCHEDULE)) is not None:
             return evaluate(schedule)
         return run.plan(self.net, x, options.get(MEMORY)).call(evaluate)
 
     def _evaluate(
-        self, x: torch.Tensor, sigma: torch.Tensor, cond: Condition, schedule: Schedule, run
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        cond: Condition,
+        schedule: Schedule,
+        run: Run,
+        base: torch.Tensor | None,
     ) -> torch.Tensor:
         """F, or with a prior what ComfyUI's c_skip · x + c_out · F must be given in its place.
 
         What is denoised then is x - P: D = P + c_skip · (x - P) + c_out · F(c_in · (x - P)).
         """
-        if run.base is None:
+        if base is None:
             return self.net(x, sigma, cond, schedule, run=run)
         data = self.net.config.sigma_data
         c_in = edm.preconditioning(sigma.float(), data).c_in[:, None, None, None]
-        scaled = c_in * run.base  # 1 - c_skip is c_out · c_in · sigma / sigma_data
+        scaled = c_in * base.to(x.device)  # 1 - c_skip is c_out · c_in · sigma / sigma_data
         out = self.net((x - scaled).to(x.dtype), sigma, cond, schedule, run=run)
         return out.float() + sigma.float()[:, None, None, None] / data * scaled
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ...infdit_core.checkpoints.checkpoint import open_checkpoint
@@ -18,7 +19,8 @@ from ...infdit_core.errors import InfDiTError
 from ...infdit_core.network.config import DTYPES
 from ..common import CATEGORY, Clip, named_errors, require
 from .clip import PatchedClip
-from .comfy_model import CLIP_ATTACHMENT, load_patcher
+from .comfy_model import CLIP_ATTACHMENT
+from .model_file import load_patcher
 
 _FOLDER = "infdit"
 _EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
@@ -54,8 +56,8 @@ class InfDiTCheckpointLoader(io.ComfyNode):
                     default="default",
                     tooltip="Number format of the weights. Default takes that of the file where"
                     " the device supports it; fp32 is exact and needs twice the memory of bf16;"
-                    " fp8 layers halve that of bf16, are fast on NVIDIA GPUs of 2022 and later,"
-                    " slow elsewhere, and not exact.",
+                    " fp8 layers keeps the weights of the layers in 8 bits: the released model then"
+                    " takes two thirds of the memory of bf16, and is not exact.",
                 ),
             ],
             outputs=[
@@ -88,19 +90,30 @@ class InfDiTCheckpointLoader(io.ComfyNode):
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         require(model_name, str, "expected model_name from the list")
         path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+        model = _load(path, weight_dtype)
         with _without_folder(path), open_checkpoint(path) as checkpoint:
-            try:
-                fp8 = weight_dtype == _FP8
-                model = load_patcher(checkpoint, _DTYPES.get(weight_dtype), fp8=fp8)
-            except (RuntimeError, TypeError) as error:  # of ComfyUI's operations, or the device's
-                raise InfDiTError(
-                    f"expected weights that can be loaded as {weight_dtype} on this device; got"
-                    f" {type(error).__name__}: {error}. Choose bf16 or fp32."
-                ) from error
             tower = clip_state_dict(checkpoint)
             clip = PatchedClip(tower) if tower is not None else None
         model.set_attachments(CLIP_ATTACHMENT, clip)
         return io.NodeOutput(model, clip)
+
+
+@named_errors("Load Inf-DiT Checkpoint")
+def _load(path: str, weight_dtype: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """The model of a file; also what ComfyUI calls where it needs the weights once more."""
+    fp8 = weight_dtype == _FP8
+    with _without_folder(path), open_checkpoint(path) as checkpoint:
+        try:
+            model = load_patcher(
+                checkpoint, _DTYPES.get(weight_dtype), fp8=fp8, disable_dynamic=disable_dynamic
+            )
+        except (RuntimeError, TypeError) as error:  # of ComfyUI's operations, or the device's
+            raise InfDiTError(
+                f"expected weights that can be loaded as {weight_dtype} on this device; got"
+                f" {type(error).__name__}: {error}. Choose bf16 or fp32."
+            ) from error
+    model.cached_patcher_init = _load, (path, weight_dtype)
+    return model
 
 
 class InfDiTCLIPLoader(io.ComfyNode):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_sampling
+from comfy.patcher_extension import WrappersMP
 
 from ...infdit_core.errors import InfDiTError
 
@@ -38,6 +39,12 @@ def check_patches(patcher: Any) -> list[str]:
         InfDiTError: something is on it that Inf-DiT cannot be sampled with; the message names it.
     """
     options = patcher.model_options
+    if "model_function_wrapper" in options:
+        raise InfDiTError(
+            "expected a model without a wrapper, as Seamless Tiling and tiled diffusion set one:"
+            " they roll or cut the noisy picture and not what Inf-DiT compares it with. Inf-DiT"
+            " Upscale makes no tiles, and has wrap for seamless pictures"
+        )
     guidance = {name for key in _GUIDANCE for name in _owners(options.get(key))}
     wrong = [_FAIL[name] for name in sorted(guidance & _FAIL.keys())]
     keys = {key for by_key in patcher.wrappers.values() for key in by_key}
@@ -55,6 +62,7 @@ def check_patches(patcher: Any) -> list[str]:
         )
     patches = options.get("transformer_options", {})
     idle = guidance - _WORK
+    idle |= set(_owners(patcher.get_all_wrappers(WrappersMP.DIFFUSION_MODEL)))
     for kind in ("patches", "patches_replace"):
         for found in patches.get(kind, {}).values():
             idle |= set(_owners(found))

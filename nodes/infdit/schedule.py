@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ...infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from ...infdit_core.errors import InfDiTError
 from ..common import CATEGORY, named_errors
-from .comfy_model import MEMORY, REUSE_LAYERS, SCHEDULE, require_infdit
+from .comfy_model import COMPILE, MEMORY, REUSE_LAYERS, SCHEDULE, require_infdit
 
 _AUTO, _FULL, _BLOCKS, _LAYERS = "auto", "whole picture", "block by block", "layer by layer"
 
@@ -70,6 +70,16 @@ class InfDiTSchedule(io.ComfyNode):
                     " are left out the second time, and what they added the first time is added"
                     " again. 0 computes everything.",
                 ),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="PyTorch compiles the parts of each layer around its attention, which"
+                    " then move less memory. Takes about a minute in the first evaluation, and"
+                    " changes nothing but rounding. Needs Triton on a GPU, a C++ compiler on a"
+                    " CPU.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with this schedule.")],
             search_aliases=["inf-dit", "infdit", "memory", "vram", "low vram", "tiling"],
@@ -85,6 +95,7 @@ class InfDiTSchedule(io.ComfyNode):
         tokens_on_cpu: bool,
         memory_gb: float,
         reuse_layers: int = 0,
+        compile: bool = False,
     ) -> io.NodeOutput:
         require_infdit(model)
         layers = model.model.infdit_config.num_layers
@@ -97,6 +108,7 @@ class InfDiTSchedule(io.ComfyNode):
         options.pop(SCHEDULE, None)
         options.pop(MEMORY, None)
         options[REUSE_LAYERS] = reuse_layers
+        options[COMPILE] = compile
         if schedule == _FULL:
             options[SCHEDULE] = Full()
         elif schedule == _BLOCKS:

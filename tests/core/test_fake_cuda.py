@@ -20,7 +20,6 @@ from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.memory.adaptive import Adaptive
 from infdit_core.memory.planner import Plan
 from infdit_core.network.config import InfDiTConfig
-from infdit_core.network.fp8 import use_fp8
 from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.pictures.colour_fix import COLOUR_FIXES, fix_colours
@@ -44,8 +43,6 @@ CASES = {
     "tokens on host, two chunks": {"schedule": LayerMajor(6, **HOST)},
     "pictures on host": {"schedule": LayerMajor(2, keep_lr=False, pictures_device="cpu", **HOST)},
     "streamed": {"schedule": LayerMajor(2, True, False, "cpu", stream_weights=True)},
-    "fp8": {"schedule": LayerMajor(2), "fp8": True},
-    "fp8 streamed": {"schedule": LayerMajor(2, True, stream_weights=True), "fp8": True},
     "residual cache": {"schedule": LayerMajor(2), "cache": 1},
     "residual cache on host": {"schedule": LayerMajor(2, **HOST), "cache": 1},
     "out of memory": {"out_of_memory": True},
@@ -92,15 +89,13 @@ def apart(case) -> dict[str, int]:
 
 
 def sampling_run(
-    *, schedule=None, fp8=False, cache=0, out_of_memory=False, cancel=0,
+    *, schedule=None, cache=0, out_of_memory=False, cancel=0,
     dtype=torch.bfloat16, sabotage=False,
 ) -> dict[str, int]:  # fmt: skip
     """Two evaluations of a small network, and what was wrong with them."""
     machine, cells, retry = Machine(str(ROOT)), 0, None
     with machine.patches(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         net = InfDiT(CONFIG, dtype=dtype, device=DEVICE).requires_grad_(False)
-        if fp8:
-            use_fp8(net)
         height, width = (n * CONFIG.block_px for n in GRID)
         image = torch.rand(1, height // 4, width // 4, 4)
         with machine, ExitStack() as patches:

@@ -94,12 +94,11 @@ def test_schedules_give_the_same_picture(models, picture, tmp_path, options):
     assert full.std() > 0.01
 
 
-@pytest.mark.parametrize("options", [["--fp8"], ["--reuse-layers", 1]])
-def test_choices_that_are_not_exact_change_the_picture_a_little(models, picture, tmp_path, options):
+def test_reused_layers_change_the_picture_a_little(models, picture, tmp_path):
     arguments = (picture, "--model", models["none"], "--bit-depth", 16, "--steps", 3)
     arguments += ("--solver", "heun")
     assert upscale(*arguments, "-o", tmp_path / "exact.png") == 0
-    assert upscale(*arguments, "-o", tmp_path / "other.png", *options) == 0
+    assert upscale(*arguments, "-o", tmp_path / "other.png", "--reuse-layers", 1) == 0
     exact, other = (read_image(tmp_path / name)[0] for name in ("exact.png", "other.png"))
     unrelated = (exact - exact.roll(1, dims=1)).square().mean().sqrt()
     assert 0 < (exact - other).square().mean().sqrt() < unrelated / 2

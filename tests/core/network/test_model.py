@@ -142,7 +142,8 @@ def test_every_intermediate_equals_the_release(name):
         # the fourfold keys begin with the block itself; without its segment vector: rotated keys
         "layer0_k_rope": tokens(
             (
-                blocks(self_calls, 1)[:, : config.block_tokens] - first.attention.segment_embed[0]
+                blocks(self_calls, 1)[:, : config.block_tokens]
+                - first.attention.segment_embed.weight[0].unflatten(0, (config.num_heads, -1))
             ).unflatten(0, (1, rows, columns))
         ),
         "self0_flash_q": blocks(self_calls, 0),
