@@ -37,6 +37,21 @@ class Chunk(NamedTuple):
     def transposed(self) -> Chunk:
         return Chunk(self.left, self.right, self.top, self.bottom)
 
+    def grown(self, blocks: int) -> Chunk:
+        """This chunk and so many blocks around it."""
+        top, bottom, left, right = self
+        return Chunk(top - blocks, bottom + blocks, left - blocks, right + blocks)
+
+    def within(self, other: Chunk) -> Chunk:
+        """The part of this chunk that lies in another."""
+        top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
+        return Chunk(top, bottom, max(self.left, other.left), min(self.right, other.right))
+
+    def seen_from(self, other: Chunk) -> Chunk:
+        """This chunk where the first block of another is block 0."""
+        top, bottom = self.top - other.top, self.bottom - other.top
+        return Chunk(top, bottom, self.left - other.left, self.right - other.left)
+
     def scaled(self, side: int) -> tuple[slice, slice]:
         """Row and column slices of this chunk where a block is `side` long."""
         return (

@@ -269,14 +269,11 @@ def _chunk_bytes(
     x, sigma = torch.empty(batch, 3, h, w, device="meta"), torch.ones(batch, device="meta")
     vector = torch.empty(batch, config.vector_size, device="meta") if config.vector_size else None
     cond = Condition(x, x.new_empty(batch, 3, h // LR_SCALE, w // LR_SCALE), vector)
-    run = Run()
-    if keep_lr:  # which is counted with the picture
-        run.lr_kv = net.lr_keys_values(cond.lr.to(dtype))
+    run, schedule = Run(), LayerMajor(rows * columns, keep_lr=keep_lr)
     with LiveBytes() as live:
-        result = net(
-            x, sigma, cond, LayerMajor(rows * columns, keep_lr=keep_lr), run=run, dtype=dtype
-        )
-    return live.peak - result.nbytes  # counted with the pictures
+        result = net(x, sigma, cond, schedule, run=run, dtype=dtype)
+    # counted with the pictures, and with the LR picture
+    return live.peak - result.nbytes - (run.lr_kv.nbytes if run.lr_kv is not None else 0)
 
 
 @lru_cache(maxsize=256)

@@ -84,14 +84,14 @@ def test_a_chunk_of_nothing_is_refused(kind):
 def test_lr_keys_are_made_once_per_token_and_picture(model, schedule):
     """Not nine times for the nine windows that a token lies in, nor in every evaluation."""
     noise, cond = random_condition(model, 3, 4)
-    border, made = model.config.lr_block, []
-    rows, columns = (n // 2 + 2 * border for n in cond.lr.shape[-2:])
+    rows, columns = (n // 2 for n in cond.lr.shape[-2:])
+    made = []
     hook = model.cross_attention.key_value.register_forward_hook(
         lambda m, args, out: made.append(math.prod(out.shape[:-1]))
     )
     sample(model, cond, edm_sigmas(3), noise=noise, schedule=schedule)
     hook.remove()
-    assert sum(made) == rows * columns
+    assert sum(made) == rows * columns + 1  # and one for all that lie outside
 
 
 def test_where_things_live_does_not_change_the_picture(model):

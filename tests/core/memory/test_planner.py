@@ -1,5 +1,6 @@
 """Predicted memory is what is counted, and the plan fits."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,7 +22,9 @@ from infdit_core.memory.planner import (
     plans,
     weight_bytes,
 )
+from infdit_core.network.condition import Condition
 from infdit_core.network.config import RELEASED
+from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.network.run import Run
 from infdit_core.sampling import sample
@@ -70,6 +73,20 @@ def test_sampling_takes_what_is_predicted(schedule, residual):
     work = Workload(model.config, side, side, torch.float32, weights=False, residual=residual)
     predicted = peak_bytes(work, schedule)
     assert predicted == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_keys_of_a_large_lr_picture_are_made_in_what_is_predicted():
+    config = replace(RELEASED, num_layers=2)
+    work = Workload(config, 2048, 2048, torch.bfloat16)
+    net = InfDiT(config, dtype=torch.bfloat16, device="meta", attend=lambda q, k, v: q)
+    x = torch.empty(1, 3, 2048, 2048, device="meta")
+    cond = Condition(x, x[..., ::4, ::4], torch.empty(1, config.vector_size, device="meta"))
+    schedule, run = BlockMajor(2), Run()
+    with torch.no_grad(), LiveBytes() as live:
+        result = net(x, torch.ones(1, device="meta"), cond, schedule, run=run, dtype=work.dtype)
+    assert run.lr_kv is not None
+    predicted = evaluation_bytes(work, schedule) + run.lr_kv.nbytes
+    assert predicted == pytest.approx(live.peak - result.nbytes, rel=0.05)
 
 
 def test_sizes_of_the_released_model():
