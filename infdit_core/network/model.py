@@ -114,13 +114,16 @@ class InfDiT(nn.Module):
         if run.cache is not None:
             tokens_shape = x.shape[0], *grid, self.config.block_tokens, self.config.hidden_size
             num_layers = run.cache.begin(
-                float(sigma[0]), tokens_shape, num_layers, schedule.tokens_on_host
+                float(sigma[0]), tokens_shape, num_layers, schedule.on_host
             )
 
         cells = schedule.cells(grid, num_layers)
-        frontiers = [Frontier(grid) for _ in range(num_layers)]
         result = torch.empty_like(x)
-        with schedule.tokens(device, cells) as waiting:
+        with (
+            schedule.tokens(device, cells, run.host) as waiting,
+            schedule.lines(device, grid, cells, run.host) as lines,
+        ):
+            frontiers = [Frontier(grid, lines, n) for n in range(num_layers)]
             for done, (n, chunk) in enumerate(cells, 1):
                 if n == 0:
                     tokens = self.embed(x, cond.concat, concat_scale, chunk, dtype)

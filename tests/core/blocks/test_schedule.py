@@ -1,6 +1,7 @@
 """Every order of computation gives the same result, in the memory that it promises."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ def test_all_schedules_agree(model, grid):
     sigma = torch.tensor([0.3, 5.0])
     expected = model.denoise(x, sigma, cond, Full())
     for n in SIZES:
-        others = {"tokens_on_host": True}, {"keep_lr": False}
-        for schedule in (BlockMajor(n), LayerMajor(n), *(LayerMajor(n, **how) for how in others)):
+        layers, blocks = LayerMajor(n), BlockMajor(n)
+        others = replace(layers, tokens_on_host=True), replace(blocks, frontier_on_host=True)
+        for schedule in (blocks, layers, *others, replace(layers, keep_lr=False)):
             result = model.denoise(x, sigma, cond, schedule)
             torch.testing.assert_close(
                 result, expected, atol=1e-5, rtol=0, msg=lambda m, s=schedule: f"{s}: {m}"
