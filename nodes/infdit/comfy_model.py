@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from functools import partial
 
 import comfy.conds
 import comfy.latent_formats
@@ -18,12 +19,14 @@ import comfy.supported_models_base
 import torch
 
 from ...infdit_core import edm
+from ...infdit_core.blocks.host_buffer import HostBuffer, Unpin
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
-from ...infdit_core.memory.planner import Workload, plans, small_plan
+from ...infdit_core.memory.host import waiting_bytes
+from ...infdit_core.memory.planner import Workload, check_host, plans, small_plan
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.config import InfDiTConfig
@@ -57,6 +60,11 @@ _FP8_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(qkv|dense)|mlp\.fc[12])\.we
 """The weights of the transformer layers, which are nearly all of the network."""
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
+_GPU_SHARE = 0.9
+"""Of what is free on a GPU that a run may take: where the driver may use RAM in place of what is
+missing, taking all would be slow and not fail."""
+_PICTURES_TO_COME = 4
+"""Of the solver, float32, that may not be there yet at the first evaluation."""
 _SAME_SIGMA = 1e-3
 """Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
 
@@ -245,21 +253,37 @@ class InfDiTModel(comfy.model_base.BaseModel):
             if (tensor := kwargs.get(_KEY + name)) is not None:
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
         run = PlannedRun()
+        run.patcher = self.current_patcher
         if self.infdit.prior is not None and "concat" in out:
             run.base = out["concat"].cond.float()
         out[_GUARD] = comfy.conds.CONDConstant(run)
         return out
 
     def memory_required(self, input_shape, cond_shapes=None):
-        """Bytes that sampling should find free: those of the leanest schedule that is fast."""
+        """Bytes that sampling should find free: those of the leanest schedule that is fast.
+
+        Of a leaner one where the GPU has less beside the weights: ComfyUI would keep none there.
+        """
+        management, patcher = comfy.model_management, self.current_patcher
+        device = management.get_torch_device() if patcher is None else patcher.load_device
         net, dtype = self.diffusion_model.net, self.get_dtype_inference()
-        work = _workload(net, input_shape, dtype, self.device)
-        free = comfy.model_management.get_free_memory(self.device)
-        if work.device == "cpu" and (small := small_plan(work, free)) is not None:
-            return small.peak_bytes
-        found = plans(work)
-        fast = [p.peak_bytes for p in found if p.cost <= _FAST_COST]
-        return min(fast or [p.peak_bytes for p in found])
+        work = replace(_workload(net, input_shape, dtype, device), pictures=True)
+        if work.device == "cpu":
+            small = small_plan(work, management.get_free_memory(device))
+            if small is not None:
+                return small.peak_bytes
+        ram = waiting_bytes()
+        found = [p for p in plans(work) if p.host_bytes <= ram]
+        leanest = min(found, key=lambda p: p.peak_bytes)
+        fast = [p for p in found if p.cost <= _FAST_COST] or [leanest]
+        wanted = min(fast, key=lambda p: p.peak_bytes)
+        if work.device != "cpu":
+            weights = management.module_size(self) if patcher is None else patcher.model_size()
+            room = _GPU_SHARE * management.get_total_memory(device)
+            room -= 1.1 * weights + management.extra_reserved_memory()  # as core reckons
+            if wanted.peak_bytes > room:
+                wanted = next((p for p in found if p.peak_bytes <= room), leanest)
+        return wanted.peak_bytes
 
 
 def _workload(net: InfDiT, shape, dtype, device) -> Workload:
@@ -275,22 +299,53 @@ class PlannedRun(Run):
     adaptive: Adaptive | None = None
     base: torch.Tensor | None = None
     """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
+    patcher: comfy.model_patcher.ModelPatcher | None = None
+    """Of the model; None where ComfyUI has not loaded it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = HostBuffer(_pin)
 
     def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
         """The fastest schedule for x (B, 3, H, W) that fits."""
         if self.adaptive is None:
             work = _workload(net, x.shape, x.dtype, x.device)
             work = replace(work, residual=self.cache is not None)
-            free = memory_bytes or comfy.model_management.get_free_memory(x.device)
+            free = memory_bytes or self._budget(x)
             self.adaptive = Adaptive(
                 lambda: plans(work),
                 free,
                 comfy.model_management.soft_empty_cache,
                 _is_out_of_memory,
                 small_plan(work, free),
+                waiting_bytes(),
             )
             logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, self.adaptive.plan)
         return self.adaptive
+
+    def _budget(self, x: torch.Tensor) -> float:
+        """Bytes that an evaluation of x (B, 3, H, W) may take on its device."""
+        if self.patcher is None or x.device.type == "cpu":
+            return comfy.model_management.get_free_memory(x.device)
+        free = self.patcher.get_free_memory(x.device)
+        if self.patcher.is_dynamic():  # weights that may go are counted as free, ours among them
+            free -= self.patcher.model_size()
+        return _GPU_SHARE * free - _PICTURES_TO_COME * x.numel() * 4
+
+    def check(self, net: InfDiT, x: torch.Tensor, schedule: Schedule) -> None:
+        """Refuse a schedule that the user chose, at first, where the RAM is too small for it."""
+        if schedule is not self._checked:
+            check_host(_workload(net, x.shape, x.dtype, x.device), schedule)
+            self._checked = schedule
+
+    _checked: Schedule | None = None
+
+
+def _pin(memory: torch.Tensor, device: torch.device) -> Unpin | None:
+    """Pin memory by ComfyUI, which keeps count of it and knows --disable-pinned-memory."""
+    if not comfy.model_management.pin_memory(memory):
+        return None
+    return partial(comfy.model_management.unpin_memory, memory)
 
 
 class DiffusionModel(torch.nn.Module):
@@ -325,6 +380,7 @@ class DiffusionModel(torch.nn.Module):
             return wrap(self._evaluate(x, sigma, cond, schedule, run))
 
         if (schedule := options.get(SCHEDULE)) is not None:
+            run.check(self.net, x, schedule)
             return evaluate(schedule)
         return run.plan(self.net, x, options.get(MEMORY)).call(evaluate)
 
