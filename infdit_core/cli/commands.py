@@ -250,11 +250,12 @@ def plan_table(args: argparse.Namespace) -> int:
     chosen = next((p for p in allowed if args.memory is None or p.peak_bytes <= args.memory), None)
     petaflop = evaluation_flop(config, height, width) / 1e15
     _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
-    _say(f"{'':2}{'schedule':86}{'peak':>10}{'RAM':>10}{'time':>7}")
+    column = max(len(str(p.schedule)) for p in found)
+    _say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
     for p in found:
         mark = "> " if p is chosen else "  "
         host = gigabytes(p.host_bytes) if p.host_bytes else "-"
-        row = f"{p.schedule!s:86}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
+        row = f"{p.schedule!s:{column}}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
         _say(mark + row)
     if chosen is None and args.memory is not None:
         smallest = min(allowed, key=lambda p: p.peak_bytes)
