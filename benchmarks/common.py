@@ -44,13 +44,13 @@ CONFIGS = {
 
 
 def schedule(text: str) -> Schedule:
-    """`full`, `layers=N`, `layers=N,host` or `blocks=N` as an order of computation."""
+    """`full`, `layers=N` or `blocks=N`, these with `,host`, as an order of computation."""
     if text == "full":
         return Full()
     if not (found := re.fullmatch(r"(layers|blocks)=(\d+)(,host)?", text)):
         raise argparse.ArgumentTypeError(f"expected full, layers=N or blocks=N, got {text!r}")
-    n = int(found[2])
-    return LayerMajor(n, bool(found[3])) if found[1] == "layers" else BlockMajor(n)
+    kind = LayerMajor if found[1] == "layers" else BlockMajor
+    return kind(int(found[2]), bool(found[3]))
 
 
 def schedules_for(config: InfDiTConfig, side: int) -> list[Schedule]:
@@ -65,7 +65,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"type": Path, "default": BUNDLED_MODEL},
     "config": {"choices": CONFIGS, "help": "size of a network with random weights"},
     "size": {"type": int, "help": "side of the result in pixels"},
-    "schedules": {"type": schedule, "nargs": "+", "help": "full, layers=N[,host], blocks=N"},
+    "schedules": {"type": schedule, "nargs": "+", "help": "full, layers=N[,host], blocks=N[,host]"},
     "device": {"type": torch.device, "default": "cpu"},
     "dtype": {"choices": DTYPES, "default": "fp32"},
     "rounds": {"type": int, "default": 3, "help": "how often everything is timed"},

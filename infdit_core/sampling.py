@@ -250,4 +250,7 @@ def sample(
     noise = noise.to(first)
     mask = None if mask is None else mask.to(first).expand_as(first)
     x = first + levels[0] * noise
-    return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))
+    try:
+        return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))
+    finally:
+        run.release()

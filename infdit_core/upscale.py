@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from .blocks.schedules import Schedule
 from .memory.adaptive import Adaptive, memory_budget
-from .memory.host import require_memory
-from .memory.planner import Workload, plans, small_plan
+from .memory.host import require_memory, waiting_bytes
+from .memory.planner import Workload, check_host, plans, small_plan
 from .network.condition import Condition
 from .network.config import LR_SCALE
 from .network.model import InfDiT
@@ -107,7 +107,9 @@ class Sampler:
             return canvas.first
         retry: Callable | None = None
         schedule = self.schedule
-        if schedule is None:
+        if schedule is not None:
+            check_host(self._workload(canvas), schedule)
+        else:
             adaptive = self.plan(canvas)
             schedule, retry = adaptive.plan.schedule, adaptive.call
         device = self.device
@@ -131,13 +133,17 @@ class Sampler:
 
     def plan(self, canvas: Canvas) -> Adaptive:
         """The fastest schedule that fits for a canvas, and the smaller ones behind it."""
+        work = self._workload(canvas)
+        memory = self.memory_bytes or memory_budget(self.model)
+        first = small_plan(work, memory)
+        return Adaptive(lambda: plans(work), memory, first=first, host_bytes=waiting_bytes())
+
+    def _workload(self, canvas: Canvas) -> Workload:
         weight = self.model.final.linear.weight
         batch, _, height, width = canvas.concat.shape
         config, kind = self.model.config, weight.device.type
         work = Workload(config, height, width, weight.dtype, batch, kind)
-        work = replace(work, residual=self.reuse_layers > 0)
-        memory = self.memory_bytes or memory_budget(self.model)
-        return Adaptive(lambda: plans(work), memory, first=small_plan(work, memory))
+        return replace(work, residual=self.reuse_layers > 0)
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from infdit_core.blocks import host_buffer
+
 HOST = "host"
 aten = torch.ops.aten
 SYNCING = {
@@ -50,6 +52,7 @@ class FakeStream:
         FakeStream.made += 1
         self.name = name or f"side-{FakeStream.made}"
         self.clock: Counter = Counter()
+        Machine.now.streams.append(self)
 
     def tick(self) -> tuple[str, int]:
         self.clock[self.name] += 1
@@ -96,6 +99,7 @@ class Machine(TorchDispatchMode):
     def __init__(self, package: str) -> None:
         super().__init__()
         Machine.now = self
+        self.streams: list[FakeStream] = []
         self._package = package
         self.host = FakeStream(name=HOST)
         self._default: dict[int, FakeStream] = {}
@@ -105,10 +109,26 @@ class Machine(TorchDispatchMode):
         self.copied: Counter = Counter()
         self.launches = 0
         self._pinned: set[int] = set()
-        self._writes: dict[int, tuple[FakeStream, tuple[str, int], str]] = {}
-        self._reads: dict[int, list[tuple[FakeStream, tuple[str, int], str]]] = {}
+        self.unpinnable = False
+        self._writes: dict[tuple[int, ...], tuple[FakeStream, tuple[str, int], str]] = {}
+        self._reads: dict[tuple[int, ...], list[tuple[FakeStream, tuple[str, int], str]]] = {}
         self._home: dict[int, tuple[FakeStream, weakref.ref]] = {}
         self._site = "?"
+
+    def _register(self, memory: torch.Tensor, device: torch.device):
+        """In place of pinning memory where it lies."""
+        if self.unpinnable:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        self.pin(memory)
+
+        def unregister() -> None:
+            k = key(memory)
+            self._pinned.discard(k)
+            for _, event, label in self._events(k):
+                if not self.host.knows(event):
+                    self.problems[f"unpinned while in use: {label}"] += 1
+
+        return unregister
 
     def pin(self, *tensors: torch.Tensor) -> None:
         self._pinned |= {key(t) for t in tensors}
@@ -164,6 +184,7 @@ class Machine(TorchDispatchMode):
         nothing = mock.patch.object(fake_tensor, "init_gpu_context", return_value=None)
         stack.enter_context(nothing)
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
+        stack.enter_context(mock.patch.object(host_buffer, "pin", self._register))
         return stack
 
     # ---- the operations
@@ -243,7 +264,7 @@ class Machine(TorchDispatchMode):
         self.syncs[f"{self._site}: {why}"] += 1
 
     def _wait_for_all(self, why: str) -> None:
-        for stream in [*self._default.values(), *self._stack]:
+        for stream in self.streams:
             self.host.clock |= stream.clock
         self.syncs[f"{self._site}: {why}"] += 1
 
@@ -257,12 +278,13 @@ class Machine(TorchDispatchMode):
         mutated = made
         if func._schema.is_mutable and func is not aten.copy_.default:
             mutated = [*made, read[0]] if read else made
-        written = {key(t): t for t in mutated}
+        written = {self._place(t): t for t in mutated}
         for t in read:
-            if key(t) not in written:
+            k = self._place(t)
+            if k not in written:
                 self._watch(t, stream)
-                self._order(stream, self._writes.get(key(t)), label, "reads what", "writes")
-                self._reads.setdefault(key(t), []).append((stream, event, label))
+                self._order(stream, self._writes.get(k), label, "reads what", "writes")
+                self._reads.setdefault(k, []).append((stream, event, label))
         for k, t in written.items():
             self._watch(t, stream)
             self._order(stream, self._writes.get(k), label, "writes over what", "writes")
@@ -275,13 +297,24 @@ class Machine(TorchDispatchMode):
         if last is not None and not stream.knows(last[1]):
             self.problems[f"race: {label} {what} {last[2]} {other}"] += 1
 
+    def _place(self, t) -> tuple[int, ...]:
+        """What is read or written: a storage, of pinned memory the part of it."""
+        if (k := key(t)) not in self._pinned:
+            return (k,)
+        return k, t.storage_offset() * t.itemsize, t.nbytes
+
+    def _events(self, k: int) -> list:
+        """All that was done with a storage and its parts, which is forgotten here."""
+        parts = {place for place in (*self._reads, *self._writes) if place[0] == k}
+        events = [event for place in parts for event in self._reads.pop(place, [])]
+        return events + [self._writes.pop(place) for place in parts if place in self._writes]
+
     def _watch(self, t, stream) -> None:
         k, storage = key(t), t.untyped_storage()
         if k in self._home:
             if self._home[k][1]() is storage:
                 return
-            self._writes.pop(k, None)  # the address of one that is gone
-            self._reads.pop(k, None)
+            self._events(k)  # the address of one that is gone
         home = self.host if t.device.type == "cpu" else stream
         self._home[k] = home, (made := weakref.ref(storage))
         weakref.finalize(storage, self._freed, k, made)
@@ -290,9 +323,7 @@ class Machine(TorchDispatchMode):
         if k not in self._home or self._home[k][1] is not made:
             return
         home, _ = self._home.pop(k)
-        events = self._reads.pop(k, [])
-        if (last := self._writes.pop(k, None)) is not None:
-            events = [*events, last]
+        events = self._events(k)
         pinned = k in self._pinned
         self._pinned.discard(k)
         if pinned:  # the pinned allocator keeps events of its own

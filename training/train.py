@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from infdit_core.blocks.schedules import Full
 from infdit_core.checkpoints.load import load_model

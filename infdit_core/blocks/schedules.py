@@ -4,7 +4,8 @@ Layer n of a block reads only layer-n keys and values of its left-top, left and 
 every order that takes chunks from the top left gives the same result. What differs is memory:
 
 - `Full` keeps the tokens and one layer's activations of the whole picture.
-- `BlockMajor` takes a square of blocks through all layers, keeping every layer's frontier.
+- `BlockMajor` takes a square of blocks through all layers, keeping every layer's frontier, whose
+  line of blocks may wait in the host's memory.
 - `LayerMajor` takes one layer over all chunks, keeping the tokens and one layer's frontier.
 
 A schedule computes nothing and moves nothing: `network.model` walks its cells, and the planner asks
@@ -14,17 +15,19 @@ for its residency.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InfDiTError
-from .grid import Chunk, Grid
-from .host_tokens import HostTokens
+from .grid import Chunk, Grid, Line
+from .host_buffer import HostBuffer
+from .host_store import HostStore
 
 
 class Cell(NamedTuple):
@@ -35,16 +38,18 @@ class Cell(NamedTuple):
 
 
 class Residency(NamedTuple):
-    """What lies where while a chunk is at work."""
+    """What lies where while a chunk is at work, in tokens of a block; keys and values are two."""
 
     chunk: Chunk
     """The largest chunk."""
-    frontiers: int
-    """Layers whose frontier is kept at a time."""
-    tokens: int
-    """Blocks whose tokens wait on the device."""
-    host_tokens: int = 0
-    """Blocks whose tokens wait in the host's memory."""
+    device: int = 0
+    """Waiting on the device."""
+    host: int = 0
+    """Waiting in the host's memory."""
+    moved: float = 0.0
+    """Going to the host and coming back for every block and layer."""
+    turn: int = 0
+    """Blocks that a layer computes before the next layer's turn; 0 for all."""
 
 
 class Schedule(ABC):
@@ -55,6 +60,8 @@ class Schedule(ABC):
     are made anew for every chunk, 0.1 % of the work."""
     tokens_on_host: bool = False
     """Tokens wait in the host's memory between layers, instead of that of the model's device."""
+    frontier_on_host: bool = False
+    """So do the lines of keys and values of all layers."""
     pictures_device: str | torch.device | None = None
     """Where the solver's pictures live; None for the device of the model."""
     stream_weights: bool = False
@@ -72,11 +79,31 @@ class Schedule(ABC):
     def residency(self, grid: Grid, num_layers: int) -> Residency:
         """What is kept beside the chunk at work."""
 
+    @property
+    def on_host(self) -> bool:
+        """Whether what waits between two uses waits in the host's memory."""
+        return self.tokens_on_host or self.frontier_on_host
+
     def tokens(
-        self, device: torch.device, cells: Sequence[Cell]
-    ) -> AbstractContextManager[dict[Chunk, Tensor] | HostTokens]:
+        self, device: torch.device, cells: Sequence[Cell], buffer: HostBuffer
+    ) -> AbstractContextManager[dict[Chunk, Tensor] | HostStore[Chunk]]:
         """Where the tokens (B, r, c, T, hidden) of chunks wait between two of their layers."""
-        return HostTokens(device, cells) if self.tokens_on_host else nullcontext({})
+        if not self.tokens_on_host:
+            return nullcontext({})
+        sizes = {chunk: chunk.blocks for _, chunk in cells}
+        order = [chunk for layer, chunk in cells if layer > 0]
+        return HostStore(device, sizes, order, buffer)
+
+    def lines(
+        self, device: torch.device, grid: Grid, cells: Sequence[Cell], buffer: HostBuffer
+    ) -> AbstractContextManager[Line | None]:
+        """Where the keys and values wait that `Frontier` keeps by (layer, first block); or None."""
+        if not self.frontier_on_host:
+            return nullcontext(None)
+        scanned = [Cell(n, grid.scanned(chunk)) for n, chunk in cells]
+        sizes = {(n, chunk.left): chunk.columns for n, chunk in scanned}
+        order = [(n, chunk.left) for n, chunk in scanned if chunk.top > 0]
+        return HostStore(device, sizes, order, buffer)
 
 
 @dataclass(frozen=True)
@@ -87,6 +114,10 @@ class BlockMajor(Schedule):
     """
 
     blocks: int = 1
+    frontier_on_host: bool = False
+    keep_lr: bool = True
+    pictures_device: str | torch.device | None = None
+    stream_weights: bool = False
 
     def __post_init__(self) -> None:
         _require_positive("blocks", self.blocks)
@@ -98,10 +129,22 @@ class BlockMajor(Schedule):
         return [Cell(n, chunk) for chunk in self.chunks(grid) for n in range(num_layers)]
 
     def residency(self, grid: Grid, num_layers: int) -> Residency:
-        return Residency(next(self.chunks(grid)), frontiers=num_layers, tokens=0)
+        chunk = next(self.chunks(grid))
+        line, ends = frontier_blocks(grid, chunk)
+        if not self.frontier_on_host:
+            waiting = 2 * num_layers * (line + ends)
+            return Residency(chunk, waiting, turn=chunk.blocks)
+        # beside the ends two slots for what comes, and what leaves
+        length = grid.scanned(chunk).columns
+        slots = 3 * length if line else 0
+        moved = 2 * length / chunk.blocks
+        waiting = 2 * (num_layers * ends + slots)
+        return Residency(chunk, waiting, 2 * num_layers * line, moved, chunk.blocks)
 
     def __str__(self) -> str:
-        return f"block by block, {self.blocks}×{self.blocks} at a time"
+        parts = [f"block by block, {self.blocks}×{self.blocks} at a time"]
+        parts += ["keys and values in RAM"] * self.frontier_on_host
+        return ", ".join([*parts, *_places(self)])
 
 
 @dataclass(frozen=True)
@@ -115,7 +158,7 @@ class Full(Schedule):
         return [Cell(n, grid.whole) for n in range(num_layers)]
 
     def residency(self, grid: Grid, num_layers: int) -> Residency:
-        return Residency(grid.whole, frontiers=0, tokens=0)
+        return Residency(grid.whole)
 
     def __str__(self) -> str:
         return "the whole picture at once"
@@ -148,46 +191,66 @@ class LayerMajor(Schedule):
 
     def residency(self, grid: Grid, num_layers: int) -> Residency:
         chunk = next(self.chunks(grid))
-        waiting = grid.blocks - chunk.blocks
+        waiting, frontier = grid.blocks - chunk.blocks, 2 * sum(frontier_blocks(grid, chunk))
         if not self.tokens_on_host:
-            return Residency(chunk, frontiers=1, tokens=waiting)
+            return Residency(chunk, device=waiting + frontier)
         # two slots for what comes, one of them counted with the chunk; and what leaves
-        return Residency(chunk, 1, min(2 * chunk.blocks, waiting), host_tokens=grid.blocks)
+        slots = min(2 * chunk.blocks, waiting)
+        return Residency(chunk, slots + frontier, host=grid.blocks, moved=1.0)
 
     def __str__(self) -> str:
         m = self.blocks_per_chunk
         parts = [f"layer by layer, {m} block{'s' * (m > 1)} at a time"]
         parts += ["tokens in RAM"] * self.tokens_on_host
-        parts += ["LR keys not kept"] * (not self.keep_lr)
-        parts += ["pictures in RAM"] * (self.pictures_device is not None)
-        parts += ["weights in RAM"] * self.stream_weights
-        return ", ".join(parts)
+        return ", ".join([*parts, *_places(self)])
 
 
-def candidates(grid: Grid, *, host: bool, weights: bool) -> Iterator[Schedule]:
+def _places(schedule: Schedule) -> list[str]:
+    parts = ["LR keys not kept"] * (not schedule.keep_lr)
+    parts += ["pictures in RAM"] * (schedule.pictures_device is not None)
+    return parts + ["weights in RAM"] * schedule.stream_weights
+
+
+def frontier_blocks(grid: Grid, chunk: Chunk) -> tuple[int, int]:
+    """Blocks of a `Frontier`: the line along the shorter side; the last chunk's end and corner."""
+    chunk = grid.scanned(chunk)
+    line = grid.shorter if chunk.rows < max(grid) else 0
+    return line, chunk.rows + 1 if chunk.columns < grid.shorter else 0
+
+
+def candidates(grid: Grid, best: float, *, host: bool, alone: bool) -> Iterator[Schedule]:
     """The schedules worth considering for a picture.
 
     Args:
+        best: blocks of a chunk that run fastest; larger chunks take more memory and more time.
         host: whether the host's memory is another than the device's, so that things can wait there.
-        weights: whether the network's weights may wait there too.
+        alone: whether the solver's pictures and the network's weights may wait there too.
     """
     longer, shorter = max(grid), grid.shorter
-    yield Full()
-    sizes = [lines * shorter for lines in _halvings(longer)]
-    sizes += [blocks for blocks in _halvings(shorter) if blocks < shorter]
-    for size in sizes:
-        yield LayerMajor(size)
-        yield LayerMajor(size, keep_lr=False)
-        if host:
-            yield LayerMajor(size, tokens_on_host=True)
-            lean = LayerMajor(size, tokens_on_host=True, keep_lr=False)
-            yield lean
-            lean = replace(lean, pictures_device="cpu")
-            yield lean
-            if weights:
-                yield replace(lean, stream_weights=True)
-    for blocks in _halvings(shorter):
-        yield BlockMajor(blocks)
+    lengths = [lines * shorter for lines in _halvings(longer)]
+    lengths += [blocks for blocks in _halvings(shorter) if blocks < shorter]
+    sides = {side * side: side for side in _halvings(shorter)}
+    orders = [(LayerMajor(n), "tokens_on_host") for n in _useful(lengths, best)]
+    orders += [(BlockMajor(sides[n]), "frontier_on_host") for n in _useful(sides, best)]
+    if grid.blocks in _useful(lengths, best):
+        yield Full()
+    others = host and alone
+    for order, on_host in orders:
+        for keep_lr, waits, pictures, weights in product(
+            (True, False), _choices(host), _choices(others), _choices(others)
+        ):
+            places = {on_host: waits, "keep_lr": keep_lr, "stream_weights": weights}
+            yield replace(order, **places, pictures_device="cpu" if pictures else None)
+
+
+def _choices(free: bool) -> tuple[bool, ...]:
+    return (False, True) if free else (False,)
+
+
+def _useful(sizes: Iterable[int], best: float) -> list[int]:
+    """Of falling sizes those up to the best, and the one above."""
+    larger = [n for n in sizes if n > best]
+    return larger[-1:] + [n for n in sizes if n <= best]
 
 
 def _halvings(n: int) -> Iterator[int]:

@@ -19,7 +19,8 @@ from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
 from ..errors import InfDiTError
 from ..memory.adaptive import is_out_of_memory
-from ..memory.planner import Workload, evaluation_flop, gigabytes, plans
+from ..memory.host import gigabytes, waiting_bytes
+from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
 from ..pictures.files import check_writable, read_image, write_image
@@ -241,18 +242,24 @@ def plan_table(args: argparse.Namespace) -> int:
     height, width = args.size[1], args.size[0]
     dtype = DTYPES[args.dtype]
     found = plans(Workload(config, height, width, dtype, device=args.device))
-    chosen = next((p for p in found if args.memory is None or p.peak_bytes <= args.memory), None)
+    ram = waiting_bytes() if args.ram is None else args.ram
+    allowed = [p for p in found if p.host_bytes <= ram]
+    chosen = next((p for p in allowed if args.memory is None or p.peak_bytes <= args.memory), None)
     petaflop = evaluation_flop(config, height, width) / 1e15
     _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
-    _say(f"{'':2}{'schedule':64}{'peak':>10}{'host':>10}{'time':>7}")
+    column = max(len(str(p.schedule)) for p in found)
+    _say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
     for p in found:
         mark = "> " if p is chosen else "  "
         host = gigabytes(p.host_bytes) if p.host_bytes else "-"
-        row = f"{p.schedule!s:64}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
+        row = f"{p.schedule!s:{column}}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
         _say(mark + row)
     if chosen is None and args.memory is not None:
-        smallest = min(found, key=lambda p: p.peak_bytes)
-        raise CommandError(f"nothing fits {gigabytes(args.memory)}; the smallest needs {smallest}")
+        smallest = min(allowed, key=lambda p: p.peak_bytes)
+        raise CommandError(
+            f"nothing fits {gigabytes(args.memory)} with {gigabytes(ram)} of RAM; the smallest"
+            f" needs {smallest}"
+        )
     return 0
 
 

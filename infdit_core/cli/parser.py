@@ -241,6 +241,9 @@ def _add_plan(commands, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=plan_table)
     parser.add_argument("--size", type=_size, required=True, help="of the result, as 4096x4096")
     parser.add_argument("--memory", type=_bytes, help="what may be taken, as 8GB")
+    parser.add_argument(
+        "--ram", type=_bytes, help="what may wait in RAM, as 32GB; default: what is free here"
+    )
     parser.add_argument("--model", type=Path, default=_BUNDLED_MODEL, help="a model file")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

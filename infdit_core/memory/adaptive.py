@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,9 +11,12 @@ import torch
 
 from ..blocks.schedules import Schedule
 from ..network.model import InfDiT
-from .host import available_bytes
-from .planner import Plan, PlanError
+from .host import PlanError, available_bytes
+from .planner import Plan
 
+_GPU_SHARE = 0.9
+"""Of the free memory of a GPU that a run may take: the rest is for what is not counted, and for
+fragments. Where the driver may use RAM in its place, taking all would be slow and not fail."""
 _CLEARLY_SMALLER = 0.8
 """Share of a plan's memory that another may take to be worth trying first after it failed."""
 
@@ -55,14 +59,16 @@ class Adaptive:
         free_memory: Callable[[], None] | None = None,
         is_oom: Callable[[BaseException], bool] = is_out_of_memory,
         first: Plan | None = None,
+        host_bytes: float | None = None,
     ) -> None:
         self._make_plans = plans if callable(plans) else lambda: plans
+        self._host_bytes = math.inf if host_bytes is None else host_bytes
         self._free_memory, self._is_oom = free_memory or _free_cuda_memory, is_oom
         self.plan = first or self._fastest(memory_bytes)
         """The plan in use."""
 
     def _fastest(self, memory_bytes: float | None) -> Plan:
-        found = self._make_plans()
+        found = self._allowed()
         if not found:
             raise PlanError("expected at least one plan, got none")
         fitting = [p for p in found if memory_bytes is None or p.peak_bytes <= memory_bytes]
@@ -88,16 +94,28 @@ class Adaptive:
             )
             self.plan = smaller[0]
 
+    def _allowed(self) -> list[Plan]:
+        return [p for p in self._make_plans() if p.host_bytes <= self._host_bytes]
+
     def _smaller(self, share: float) -> list[Plan]:
-        return [p for p in self._make_plans() if p.peak_bytes < share * self.plan.peak_bytes]
+        peak, pictures = share * self.plan.peak_bytes, self.plan.schedule.pictures_device
+        # the solver's pictures stay where they are
+        return [
+            p
+            for p in self._allowed()
+            if p.peak_bytes < peak and p.schedule.pictures_device == pictures
+        ]
 
 
 def memory_budget(net: InfDiT) -> float:
     """Bytes that a run may take on the network's device, its weights there included."""
     device = net.final.linear.weight.device
     held = sum(p.nbytes for p in net.parameters() if p.device == device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    return free + held
+    if device.type != "cuda":
+        return available_bytes() + held
+    # what torch keeps for its next tensors is free to us
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + cached) + held
 
 
 def _free_cuda_memory() -> None:

@@ -7,18 +7,35 @@ it a whole ComfyUI. So what is certain to be too large is refused here.
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 
-from .planner import SAMPLER_PICTURES, PlanError, gigabytes
+from ..errors import InfDiTError
 
+SAMPLER_PICTURES = 8
+"""Float32 pictures of (3, H, W) that a solver keeps beside the network's own result: the picture,
+its condition, the noise, the denoised picture, two derivatives, the next picture, one temporary."""
 _PICTURE_BYTES_PER_PX = 3 * 4
 _PREPARED_PICTURES = 3
 """On the host whatever the device: the prepared picture, the noise and the samples."""
+_WAITING_SHARE = 0.9
+"""Of the free RAM that may be taken by what waits there; swap would cost more than it gives."""
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_VERSIONS = {
+    "": ("memory.max", "memory.current", "{}"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}"),
+}
+"""Control groups, version 2 and version 1, by the folder of their hierarchy: the files of the limit
+and of what is used, and how the parts of that are called."""
+_CACHE = ("inactive_file", "active_file")
+"""Of what is used, page cache: as good as free."""
+
+
+class PlanError(InfDiTError):
+    """What was asked for does not fit the memory."""
 
 
 def require_memory(
@@ -57,21 +74,45 @@ def require_bytes(needed: float, what: str, expected: str) -> None:
         )
 
 
-def available_bytes() -> float:
-    """RAM and swap that can be had now, in a container its share."""
-    system = psutil.virtual_memory().available + psutil.swap_memory().free
+def available_bytes(*, swap: bool = True) -> float:
+    """RAM that can be had now, and swap if asked for; in a container its share."""
+    system = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
     return min(system, _container_bytes())
 
 
+def waiting_bytes() -> float:
+    """RAM that may be taken by what waits for its turn on a GPU."""
+    return _WAITING_SHARE * available_bytes(swap=False)
+
+
+def gigabytes(count: float) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
 def _container_bytes() -> float:
-    """What the control group (version 2) of this process leaves, its page cache counted as free."""
+    """What the control groups of this process leave, the tightest of them."""
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        rows = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        rows = [row.split(":", 2) for row in _OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        rows = []
+    left = math.inf
+    for root, names in _VERSIONS.items():
+        groups = {PurePosixPath("/")}  # all that a container may see, whatever its own is called
+        for _, kinds, path in rows:
+            if root in kinds.split(","):
+                groups |= {PurePosixPath(path), *PurePosixPath(path).parents}
+        for group in groups:
+            left = min(left, _group_bytes(_CGROUP / root / group.relative_to("/"), *names))
+    return left
+
+
+def _group_bytes(folder: Path, limit: str, used: str, part: str) -> float:
+    try:
+        most, taken = ((folder / name).read_text().strip() for name in (limit, used))
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
         stat = {name: int(value) for name, value in rows}
+        cache = sum(stat.get(part.format(name), 0) for name in _CACHE)
+        return math.inf if most == "max" else int(most) - int(taken) + cache
     except (OSError, ValueError):
         return math.inf
-    if limit == "max":
-        return math.inf
-    return int(limit) - used + stat.get("inactive_file", 0) + stat.get("active_file", 0)

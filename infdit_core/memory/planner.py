@@ -14,21 +14,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..blocks.grid import Chunk, Grid
+from ..blocks.grid import Grid
 from ..blocks.schedules import LayerMajor, Schedule, candidates
-from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE, InfDiTConfig
 from ..network.model import InfDiT
 from ..network.prior import BAND_PX, Prior
 from ..network.run import Run
 from ..network.shapes import parameter_shapes
-from ..network.streaming import resident_parameters
+from ..network.streaming import SLOTS, resident_parameters
+from .host import SAMPLER_PICTURES, PlanError, gigabytes, waiting_bytes
 from .live_bytes import LiveBytes
-
-SAMPLER_PICTURES = 8
-"""Float32 pictures of (3, H, W) that a solver keeps beside the network's own result: the picture,
-its condition, the noise, the denoised picture, two derivatives, the next picture, one temporary."""
 
 _BEST_CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens per chunk that run fastest. The CPU's is measured (benchmarks/README.md), the GPU's a
@@ -39,17 +35,16 @@ _LARGE_CHUNK_COST = 0.07
 """Measured on a CPU: every doubling above it, because of its caches."""
 _LR_ANEW_COST = 0.01
 _HOST_TOKENS_COST = 0.2
+"""Guess: tokens that go to the host and come back beside the computation, in every layer."""
 _HOST_PICTURES_COST = 0.1
 _HOST_WEIGHTS_COST = 0.1
-"""Guesses: moving tokens, pictures or weights between device and host, beside the computation."""
+"""Guesses: moving pictures between device and host; computing the modulations there."""
 _TOKEN_TENSORS, _PRIOR_TENSORS = 100, 10
 """More tensors than are ever alive, of the tokens of a picture and of the features of a prior."""
 _SMALL_SHARE = 0.25
 """Of the memory: what such a bound may take."""
-
-
-class PlanError(InfDiTError):
-    """What was asked for does not fit the memory."""
+_UNIFIED = ("cpu", "mps")
+"""Devices whose memory is the host's."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,8 @@ class Workload:
     device: str = "cuda"
     """Type of the network's device: each has its own best chunk, and a CPU is its own host."""
     weights: bool = True
-    """Whether the network's weights must fit into the same memory."""
+    """Whether the network's weights must fit into the same memory, or may wait in the host's. Not
+    where another program keeps them, and the solver's pictures."""
     pictures: bool = True
     """Whether the solver's pictures must."""
     residual: bool = False
@@ -76,6 +72,12 @@ class Workload:
     def grid(self) -> Grid:
         side = self.config.block_px
         return Grid(math.ceil(self.height / side), math.ceil(self.width / side))
+
+    @property
+    def best_blocks(self) -> float:
+        """Blocks of a chunk that run fastest."""
+        tokens = _BEST_CHUNK_TOKENS.get(self.device, _BEST_CHUNK_TOKENS["cuda"])
+        return tokens / (self.batch * self.config.block_tokens)
 
     @property
     def block_bytes(self) -> int:
@@ -116,33 +118,65 @@ def plan(
     device: str = "cuda",
     batch: int = 1,
     weights: bool = True,
+    host_bytes: float | None = None,
 ) -> Schedule:
     """The fastest schedule whose peak fits.
 
     Args:
         memory_bytes: what may be taken on the device.
+        host_bytes: what may be taken in RAM by what waits there; if None, what this machine has.
         others: see `Workload`.
 
     Raises:
         PlanError: none fits.
     """
     found = plans(Workload(config, height, width, dtype, batch, device, weights))
-    for candidate in found:
+    host_bytes = waiting_bytes() if host_bytes is None else host_bytes
+    allowed = [p for p in found if p.host_bytes <= host_bytes]
+    for candidate in allowed:
         if candidate.peak_bytes <= memory_bytes:
             return candidate.schedule
-    smallest = min(found, key=lambda p: p.peak_bytes)
-    raise PlanError(
+    smallest = min(allowed, key=lambda p: p.peak_bytes)
+    leanest = min(found, key=lambda p: p.peak_bytes)
+    message = (
         f"{width}×{height} px needs at least {gigabytes(smallest.peak_bytes)} with this model"
         f" ({smallest.schedule}), got {gigabytes(memory_bytes)}"
     )
+    if leanest is not smallest:
+        message += f"; or {leanest}, of which {gigabytes(host_bytes)} are free"
+    raise PlanError(message)
+
+
+def check_host(work: Workload, schedule: Schedule) -> None:
+    """Refuse a schedule that keeps more in RAM than there is.
+
+    Raises:
+        PlanError: says how much it needs.
+    """
+    needed, free = host_bytes(work, schedule), waiting_bytes()
+    if needed > free:
+        raise PlanError(
+            f"{work.width}×{work.height} px, {schedule}: {gigabytes(needed)} would wait in RAM, of"
+            f" which {gigabytes(free)} can be taken. Expected an order that keeps less there"
+        )
 
 
 @lru_cache(maxsize=64)  # a sampling run of ComfyUI asks in every evaluation
 def plans(work: Workload) -> tuple[Plan, ...]:
-    """All schedules worth considering, the fastest first."""
-    found = candidates(work.grid, host=work.device != "cpu", weights=work.weights)
+    """All schedules worth considering, the fastest first.
+
+    None of them is at once no faster and no leaner than another.
+    """
+    found = candidates(
+        work.grid, work.best_blocks, host=work.device not in _UNIFIED, alone=work.weights
+    )
     made = [Plan(s, peak_bytes(work, s), host_bytes(work, s), _cost(work, s)) for s in found]
-    return tuple(sorted(made, key=lambda p: (round(p.cost, 2), p.peak_bytes)))
+    made.sort(key=lambda p: (round(p.cost, 2), p.peak_bytes, p.host_bytes))
+    useful: list[Plan] = []
+    for p in made:
+        if all(p.peak_bytes < q.peak_bytes or p.host_bytes < q.host_bytes for q in useful):
+            useful.append(p)
+    return tuple(useful)
 
 
 def small_plan(work: Workload, memory_bytes: float) -> Plan | None:
@@ -157,7 +191,7 @@ def small_plan(work: Workload, memory_bytes: float) -> Plan | None:
     bound += weight_bytes(work.config, work.dtype)
     if bound > _SMALL_SHARE * memory_bytes:
         return None
-    found = candidates(work.grid, host=False, weights=False)
+    found = candidates(work.grid, work.best_blocks, host=False, alone=False)
     fastest = min(found, key=lambda schedule: round(_cost(work, schedule), 2))
     return Plan(fastest, int(bound), 0, _cost(work, fastest))
 
@@ -168,7 +202,7 @@ def peak_bytes(work: Workload, schedule: Schedule) -> int:
     total = max(total, prior_bytes(work))
     if work.pictures and schedule.pictures_device is None:
         total += work.picture_bytes
-    if work.residual and not schedule.tokens_on_host:
+    if work.residual and not schedule.on_host:
         total += work.grid.blocks * work.block_bytes
     if work.weights:
         total += weight_bytes(work.config, work.dtype, streamed=schedule.stream_weights)
@@ -177,8 +211,10 @@ def peak_bytes(work: Workload, schedule: Schedule) -> int:
 
 def host_bytes(work: Workload, schedule: Schedule) -> int:
     """Bytes of what waits in the host's memory."""
-    waiting = schedule.residency(work.grid, work.config.num_layers).host_tokens
-    total = (1 + work.residual) * waiting * work.block_bytes
+    waiting = schedule.residency(work.grid, work.config.num_layers).host
+    if work.residual and schedule.on_host:
+        waiting += work.grid.blocks
+    total = waiting * work.block_bytes
     if schedule.pictures_device is not None:
         total += work.picture_bytes
     if schedule.stream_weights:
@@ -194,16 +230,17 @@ def evaluation_bytes(work: Workload, schedule: Schedule) -> int:
     at_work = _chunk_bytes(
         work.config, chunk.rows, chunk.columns, work.dtype, work.batch, schedule.keep_lr
     )
-    frontiers = kept.frontiers * 2 * _frontier_blocks(work.grid, chunk)
-    return at_work + (frontiers + kept.tokens) * work.block_bytes
+    return at_work + kept.device * work.block_bytes
 
 
+@lru_cache(maxsize=16)
 def weight_bytes(config: InfDiTConfig, dtype: torch.dtype, *, streamed: bool = False) -> int:
-    """Bytes of the network's parameters; of those on the device where layers come one at a time."""
+    """Bytes of the network's parameters; of those on the device where layers come in turn."""
     if not streamed:
         return sum(math.prod(s) for s in parameter_shapes(config).values()) * dtype.itemsize
     net = InfDiT(config, dtype=dtype, device="meta")
-    return sum(p.nbytes for p in [*resident_parameters(net), *net.layers[0].parameters()])
+    layer = sum(p.nbytes for p in net.layers[0].parameters())
+    return sum(p.nbytes for p in resident_parameters(net)) + SLOTS * layer
 
 
 def prior_bytes(work: Workload) -> int:
@@ -229,23 +266,16 @@ def evaluation_flop(config: InfDiTConfig, height: int, width: int) -> float:
 
 def _cost(work: Workload, schedule: Schedule) -> float:
     """Expected time relative to the best chunk with everything on the device."""
-    best = _BEST_CHUNK_TOKENS.get(work.device, _BEST_CHUNK_TOKENS["cuda"])
-    chunk = next(iter(schedule.chunks(work.grid)))
-    doublings = math.log2(chunk.blocks * work.config.block_tokens * work.batch / best)
+    kept = schedule.residency(work.grid, work.config.num_layers)
+    doublings = math.log2(kept.chunk.blocks / work.best_blocks)
     cost = 1 + max(_LARGE_CHUNK_COST * doublings, -_SMALL_CHUNK_COST * doublings)
-    cost += _LR_ANEW_COST * (not schedule.keep_lr) + _HOST_TOKENS_COST * schedule.tokens_on_host
+    cost += _LR_ANEW_COST * (not schedule.keep_lr) + _HOST_TOKENS_COST * kept.moved
     cost += _HOST_PICTURES_COST * (schedule.pictures_device is not None)
-    return cost + _HOST_WEIGHTS_COST * schedule.stream_weights
-
-
-def _frontier_blocks(grid: Grid, chunk: Chunk) -> int:
-    """Blocks of a frontier: the line across the shorter side, the last chunk's end and corner."""
-    if grid.by_columns:
-        chunk = chunk.transposed
-    blocks = grid.shorter if chunk.rows < max(grid) else 0
-    if chunk.columns < grid.shorter:
-        blocks += chunk.rows + 1
-    return blocks
+    if schedule.stream_weights:
+        layer = weight_bytes(work.config, work.dtype) / work.config.num_layers
+        tokens = (kept.turn or work.grid.blocks) * work.block_bytes
+        cost += _HOST_WEIGHTS_COST + _HOST_TOKENS_COST * layer / tokens
+    return cost
 
 
 def _lr_bytes(work: Workload, *, kept: bool) -> int:
@@ -270,14 +300,11 @@ def _chunk_bytes(
     x, sigma = torch.empty(batch, 3, h, w, device="meta"), torch.ones(batch, device="meta")
     vector = torch.empty(batch, config.vector_size, device="meta") if config.vector_size else None
     cond = Condition(x, x.new_empty(batch, 3, h // LR_SCALE, w // LR_SCALE), vector)
-    run = Run()
-    if keep_lr:  # which is counted with the picture
-        run.lr_kv = net.lr_keys_values(cond.lr.to(dtype))
+    run, schedule = Run(), LayerMajor(rows * columns, keep_lr=keep_lr)
     with LiveBytes() as live:
-        result = net(
-            x, sigma, cond, LayerMajor(rows * columns, keep_lr=keep_lr), run=run, dtype=dtype
-        )
-    return live.peak - result.nbytes  # counted with the pictures
+        result = net(x, sigma, cond, schedule, run=run, dtype=dtype)
+    # counted with the pictures, and with the LR picture
+    return live.peak - result.nbytes - (run.lr_kv.nbytes if run.lr_kv is not None else 0)
 
 
 @lru_cache(maxsize=256)
@@ -295,8 +322,3 @@ def _prior_band_bytes(
 def _attend_without_memory(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention kernels keep nothing of the size of the scores."""
     return torch.empty_like(q)
-
-
-def gigabytes(count: float) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"

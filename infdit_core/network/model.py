@@ -5,7 +5,7 @@ Shapes: B pictures of r×c blocks in a chunk, T tokens a block, A heads of size 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -109,18 +109,21 @@ class InfDiT(nn.Module):
         concat_scale = self._concat_scale(sigma)
         modulations, final = self.modulate(sigma, cond.vector, dtype)
         rotary = self.rotary(grid, cond.origin, device)
-        lr_kv = self._lr_kv_of(cond.lr.to(device, dtype), run, schedule.keep_lr)
+        lr_kv = self._lr_kv_of(cond.lr.to(device, dtype), run, schedule, grid)
         num_layers = len(self.layers)
         if run.cache is not None:
             tokens_shape = x.shape[0], *grid, self.config.block_tokens, self.config.hidden_size
             num_layers = run.cache.begin(
-                float(sigma[0]), tokens_shape, num_layers, schedule.tokens_on_host
+                float(sigma[0]), tokens_shape, num_layers, schedule.on_host
             )
 
         cells = schedule.cells(grid, num_layers)
-        frontiers = [Frontier(grid) for _ in range(num_layers)]
         result = torch.empty_like(x)
-        with schedule.tokens(device, cells) as waiting:
+        with (
+            schedule.tokens(device, cells, run.host) as waiting,
+            schedule.lines(device, grid, cells, run.host) as lines,
+        ):
+            frontiers = [Frontier(grid, lines, n) for n in range(num_layers)]
             for done, (n, chunk) in enumerate(cells, 1):
                 if n == 0:
                     tokens = self.embed(x, cond.concat, concat_scale, chunk, dtype)
@@ -270,7 +273,9 @@ class InfDiT(nn.Module):
             ch=3,
         )
 
-    def lr_keys_values(self, lr: Tensor, chunk: Chunk | None = None) -> Tensor:
+    def lr_keys_values(
+        self, lr: Tensor, chunk: Chunk | None = None, pieces: Iterable[Chunk] | None = None
+    ) -> Tensor:
         """Keys and values of the LR picture: they depend on nothing else, so make them once.
 
         Outside the picture tokens are zero, so keys and values there are those of the biases.
@@ -278,38 +283,41 @@ class InfDiT(nn.Module):
         Args:
             lr: (B, 3, H/4, W/4) in the dtype of the computation.
             chunk: only what the blocks of this chunk see; everything if None.
+            pieces: chunks that they are made in, which cover the picture; all at once if None.
 
         Returns:
             (2, B, y, x, A, d): the LR tokens of these blocks and of one block around them.
         """
         side = self.config.lr_block
         px = self.config.block_px // LR_SCALE
-        if chunk is None:
-            chunk = Grid(lr.shape[-2] // px, lr.shape[-1] // px).whole
-        halo = Chunk(chunk.top - 1, chunk.bottom + 1, chunk.left - 1, chunk.right + 1)
-        inside = Chunk(*(max(0, n) for n in halo))
-        rows, columns = inside.scaled(px)
-        tokens = rearrange(self.lr_embed(lr[..., rows, columns]), "b h y x -> b y x h")
-        before = (inside.top - halo.top) * side, (inside.left - halo.left) * side
-        missing = (
-            halo.rows * side - before[0] - tokens.shape[1],
-            halo.columns * side - before[1] - tokens.shape[2],
-        )
-        tokens = F.pad(tokens, (0, 0, before[1], missing[1], before[0], missing[0]))
-        return self.cross_attention.keys_values(tokens)
+        grid = Grid(lr.shape[-2] // px, lr.shape[-1] // px)
+        halo = (chunk or grid.whole).grown(1)
+        outside = self.cross_attention.keys_values(lr.new_zeros(1, 1, 1, self.config.hidden_size))
+        # (2, 1, 1, 1, A, d)
+        area = len(lr), halo.rows * side, halo.columns * side
+        made = outside.expand(2, *area, *outside.shape[-2:]).contiguous()
+        for piece in pieces or [halo.within(grid.whole)]:
+            rows, columns = piece.scaled(px)
+            tokens = rearrange(self.lr_embed(lr[..., rows, columns]), "b h y x -> b y x h")
+            rows, columns = piece.seen_from(halo).scaled(side)
+            made[:, :, rows, columns] = self.cross_attention.keys_values(tokens.contiguous())
+            del tokens  # it would live into the next turn
+        return made
 
-    def _lr_kv_of(self, lr: Tensor, run: Run, keep: bool) -> Callable[[Chunk], Tensor]:
+    def _lr_kv_of(
+        self, lr: Tensor, run: Run, schedule: Schedule, grid: Grid
+    ) -> Callable[[Chunk], Tensor]:
         """What gives the LR keys and values that the blocks of a chunk see."""
-        if not keep:
+        if not schedule.keep_lr:
             run.lr_kv = None
             return lambda chunk: self.lr_keys_values(lr, chunk)
         if run.lr_kv is None or run.lr_kv.shape[1] != len(lr):
-            run.lr_kv = self.lr_keys_values(lr)
-        kept = run.lr_kv
+            run.lr_kv = None  # lets it go before the next ones come
+            run.lr_kv = self.lr_keys_values(lr, pieces=schedule.chunks(grid))
+        kept, halo, side = run.lr_kv, grid.whole.grown(1), self.config.lr_block
 
         def around(chunk: Chunk) -> Tensor:
-            halo = Chunk(chunk.top, chunk.bottom + 2, chunk.left, chunk.right + 2)
-            rows, columns = halo.scaled(self.config.lr_block)
+            rows, columns = chunk.grown(1).seen_from(halo).scaled(side)
             return kept[:, :, rows, columns]
 
         return around

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..blocks.host_buffer import HostBuffer
 from .residual_cache import ResidualCache
 
 Progress = Callable[[int, int], None]
@@ -22,3 +23,10 @@ class Run:
     """Leaves out layers where sigma has hardly changed; None computes everything."""
     lr_kv: Tensor | None = field(default=None, init=False, repr=False)
     """(2, B, y, x, A, d) keys and values of the LR picture, where a schedule keeps them."""
+    host: HostBuffer = field(default_factory=HostBuffer, repr=False)
+    """Memory of the host for what waits there in an evaluation."""
+
+    def release(self) -> None:
+        """Give back what was kept for further evaluations."""
+        self.lr_kv = None
+        self.host.release()

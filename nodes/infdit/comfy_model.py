@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import comfy.conds
 import comfy.latent_formats
@@ -19,10 +20,12 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch._dynamo.exc import TorchDynamoException
 
 from ...infdit_core import edm
+from ...infdit_core.blocks.host_buffer import HostBuffer, Unpin
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
-from ...infdit_core.memory.planner import Workload, plans, small_plan
+from ...infdit_core.memory.host import waiting_bytes
+from ...infdit_core.memory.planner import Workload, check_host, plans, small_plan
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.config import InfDiTConfig
@@ -56,6 +59,11 @@ _WRAP = _KEY + "wrap"
 """Key in CONDITIONING: the `Wrap` of a canvas, which fills the margins; None for none."""
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
+_GPU_SHARE = 0.9
+"""Of what is free on a GPU that a run may take: where the driver may use RAM in place of what is
+missing, taking all would be slow and not fail."""
+_PICTURES_TO_COME = 4
+"""Of the solver, float32, that may not be there yet at the first evaluation."""
 _SAME_SIGMA = 1e-3
 """Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
 
@@ -183,6 +191,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
         if self.current_patcher is not None:
             compiling = self.current_patcher.model_options.get(TORCH_COMPILE_KWARGS, {})
             state.compiler = compiling.get("backend")
+        state.runs.patcher = self.current_patcher
         state.wrap = kwargs.get(_WRAP)
         if self.infdit.prior is not None:
             state.base = out["concat"].cond.float()
@@ -216,15 +225,30 @@ class InfDiTModel(comfy.model_base.BaseModel):
         return super()._apply_model(x, t, *args, **kwargs)
 
     def memory_required(self, input_shape, cond_shapes=None):
-        """Bytes that sampling should find free: those of the leanest schedule that is fast."""
+        """Bytes that sampling should find free: those of the leanest schedule that is fast.
+
+        Of a leaner one where the GPU has less beside the weights: ComfyUI would keep none there.
+        """
+        management, patcher = comfy.model_management, self.current_patcher
+        device = management.get_torch_device() if patcher is None else patcher.load_device
         net, dtype = self.diffusion_model.net, self.get_dtype_inference()
-        work = _workload(net, input_shape, dtype, self.device)
-        free = comfy.model_management.get_free_memory(self.device)
-        if work.device == "cpu" and (small := small_plan(work, free)) is not None:
-            return small.peak_bytes
-        found = plans(work)
-        fast = [p.peak_bytes for p in found if p.cost <= _FAST_COST]
-        return min(fast or [p.peak_bytes for p in found])
+        work = replace(_workload(net, input_shape, dtype, device), pictures=True)
+        if work.device == "cpu":
+            small = small_plan(work, management.get_free_memory(device))
+            if small is not None:
+                return small.peak_bytes
+        ram = waiting_bytes()
+        found = [p for p in plans(work) if p.host_bytes <= ram]
+        leanest = min(found, key=lambda p: p.peak_bytes)
+        fast = [p for p in found if p.cost <= _FAST_COST] or [leanest]
+        wanted = min(fast, key=lambda p: p.peak_bytes)
+        if work.device != "cpu":
+            weights = management.module_size(self) if patcher is None else patcher.model_size()
+            room = _GPU_SHARE * management.get_total_memory(device)
+            room -= 1.1 * weights + management.extra_reserved_memory()  # as core reckons
+            if wanted.peak_bytes > room:
+                wanted = next((p for p in found if p.peak_bytes <= room), leanest)
+        return wanted.peak_bytes
 
 
 def _workload(net: InfDiT, shape, dtype, device) -> Workload:
@@ -238,22 +262,53 @@ class PlannedRun(Run):
     """A sampling run that is planned at its first evaluation."""
 
     adaptive: Adaptive | None = None
+    patcher: comfy.model_patcher.ModelPatcher | None = None
+    """Of the model; None where ComfyUI has not loaded it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = HostBuffer(_pin)
 
     def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
         """The fastest schedule for x (B, 3, H, W) that fits."""
         if self.adaptive is None:
             work = _workload(net, x.shape, x.dtype, x.device)
             work = replace(work, residual=self.cache is not None)
-            free = memory_bytes or comfy.model_management.get_free_memory(x.device)
+            free = memory_bytes or self._budget(x)
             self.adaptive = Adaptive(
                 lambda: plans(work),
                 free,
                 comfy.model_management.soft_empty_cache,
                 _is_out_of_memory,
                 small_plan(work, free),
+                waiting_bytes(),
             )
             logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, self.adaptive.plan)
         return self.adaptive
+
+    def _budget(self, x: torch.Tensor) -> float:
+        """Bytes that an evaluation of x (B, 3, H, W) may take on its device."""
+        if self.patcher is None or x.device.type == "cpu":
+            return comfy.model_management.get_free_memory(x.device)
+        free = self.patcher.get_free_memory(x.device)
+        if self.patcher.is_dynamic():  # weights that may go are counted as free, ours among them
+            free -= self.patcher.model_size()
+        return _GPU_SHARE * free - _PICTURES_TO_COME * x.numel() * 4
+
+    def check(self, net: InfDiT, x: torch.Tensor, schedule: Schedule) -> None:
+        """Refuse a schedule that the user chose, at first, where the RAM is too small for it."""
+        if schedule is not self._checked:
+            check_host(_workload(net, x.shape, x.dtype, x.device), schedule)
+            self._checked = schedule
+
+    _checked: Schedule | None = None
+
+
+def _pin(memory: torch.Tensor, device: torch.device) -> Unpin | None:
+    """Pin memory by ComfyUI, which keeps count of it and knows --disable-pinned-memory."""
+    if not comfy.model_management.pin_memory(memory):
+        return None
+    return partial(comfy.model_management.unpin_memory, memory)
 
 
 class Runs:
@@ -269,6 +324,8 @@ class Runs:
         self._noise, self._lr = weakref.ref(noise), lr
         self._hooked = hooks is not None
         self._by_device: dict[torch.device, PlannedRun] = {}
+        self.patcher: comfy.model_patcher.ModelPatcher | None = None
+        """Of the model; None where ComfyUI has not loaded it."""
 
     def are_of(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> bool:
         if self._noise() is not noise or self._hooked or hooks is not None:
@@ -277,6 +334,7 @@ class Runs:
 
     def on(self, device: torch.device) -> PlannedRun:
         run = self._by_device.setdefault(device, PlannedRun())
+        run.patcher = self.patcher
         if self._hooked:  # they change weights, and by step
             run.lr_kv = None
         return run
@@ -355,6 +413,7 @@ class DiffusionModel(torch.nn.Module):
                 ) from error
 
         if (schedule := options.get(SCHEDULE)) is not None:
+            run.check(self.net, x, schedule)
             return evaluate(schedule)
         return run.plan(self.net, x, options.get(MEMORY)).call(evaluate)
 

@@ -16,6 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infdit_core import sampling
+from infdit_core.blocks.host_buffer import HostBuffer
+from infdit_core.blocks.host_store import HostStore
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.memory.adaptive import Adaptive
 from infdit_core.memory.planner import Plan
@@ -37,12 +39,17 @@ CASES = {
     "block-major": {"schedule": BlockMajor(2)},
     "layer-major": {"schedule": LayerMajor(2)},
     "layer-major, lines": {"schedule": LayerMajor(6)},
+    "frontier on host": {"schedule": BlockMajor(1, True)},
+    "frontier on host, larger chunks": {"schedule": BlockMajor(2, True, keep_lr=False)},
+    "frontier on host, streamed": {"schedule": BlockMajor(2, True, False, "cpu", True)},
+    "frontier on host, cancelled": {"schedule": BlockMajor(1, True), "cancel": 15},
     "LR anew": {"schedule": LayerMajor(2, keep_lr=False)},
     "tokens on host": {"schedule": LayerMajor(2, **HOST)},
     "tokens on host, one chunk": {"schedule": LayerMajor(12, **HOST)},
     "tokens on host, two chunks": {"schedule": LayerMajor(6, **HOST)},
     "pictures on host": {"schedule": LayerMajor(2, keep_lr=False, pictures_device="cpu", **HOST)},
     "streamed": {"schedule": LayerMajor(2, True, False, "cpu", stream_weights=True)},
+    "streamed, unpinned": {"schedule": LayerMajor(2, True, stream_weights=True), "unpinned": True},
     "residual cache": {"schedule": LayerMajor(2), "cache": 1},
     "residual cache on host": {"schedule": LayerMajor(2, **HOST), "cache": 1},
     "out of memory": {"out_of_memory": True},
@@ -59,6 +66,10 @@ def test_nothing_goes_wrong_on_a_gpu(name):
 
 def test_pictures_may_live_on_the_device():
     assert apart(picture_run) == {}
+
+
+def test_copies_to_and_from_the_host_do_not_wait_for_each_other():
+    assert apart(duplex_run) == {}
 
 
 def test_the_machine_sees_what_it_is_for():
@@ -90,10 +101,11 @@ def apart(case) -> dict[str, int]:
 
 def sampling_run(
     *, schedule=None, cache=0, out_of_memory=False, cancel=0,
-    dtype=torch.bfloat16, sabotage=False,
+    dtype=torch.bfloat16, sabotage=False, unpinned=False,
 ) -> dict[str, int]:  # fmt: skip
     """Two evaluations of a small network, and what was wrong with them."""
     machine, cells, retry = Machine(str(ROOT)), 0, None
+    machine.unpinnable = unpinned
     with machine.patches(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         net = InfDiT(CONFIG, dtype=dtype, device=DEVICE).requires_grad_(False)
         height, width = (n * CONFIG.block_px for n in GRID)
@@ -145,6 +157,22 @@ def sampling_run(
                 machine.problems[f"the result is on {x.device}"] += 1
             canvas.finish(x)
     return problems(machine, cells)
+
+
+def duplex_run() -> dict[str, int]:
+    """What comes waits for its own way out, and not for what has just left."""
+    machine = Machine(str(ROOT))
+    with machine.patches(), FakeTensorMode(allow_non_fake_inputs=True), machine:
+        keys = range(4)
+        with HostStore(torch.device(DEVICE), dict.fromkeys(keys, 1), keys, HostBuffer()) as store:
+            for key in keys:
+                store[key] = torch.empty(8, device=DEVICE)
+            store[0] = store.pop(0) + 1
+            store.pop(1)  # which fetches what follows
+            out = store._out._stream.name
+            if store._in._stream.clock[out] >= store._left[0].clock[out]:
+                machine.problems["what comes waits for what has just left"] += 1
+    return dict(machine.problems)
 
 
 def picture_run() -> dict[str, int]:

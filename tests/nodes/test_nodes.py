@@ -1,6 +1,8 @@
 """The nodes in a real ComfyUI, in this process."""
 
+import gc
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +174,80 @@ def test_memory_required_grows_with_the_picture_not_with_the_square(comfy, load)
     model = load("tiny")[0].model
     small, large = (model.memory_required([1, 3, side, side]) for side in (512, 2048))
     assert 4 < large / small < 20
+
+
+@pytest.fixture
+def gpu(comfy, load, monkeypatch):
+    """A model of the released size that is to be loaded to a GPU of `total` bytes."""
+    management = importlib.import_module("comfy.model_management")
+    config = comfy.module("infdit_core.network.config").RELEASED
+    model = load("tiny")[0].model
+
+    def install(total):
+        monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(management, "get_total_memory", lambda device: total)
+        monkeypatch.setattr(management, "module_size", lambda module: 1.5e9)
+        monkeypatch.setattr(model, "current_patcher", None)
+        monkeypatch.setattr(model.infdit, "config", config)
+        monkeypatch.setattr(model, "get_dtype_inference", lambda: torch.bfloat16)
+        return model
+
+    return install
+
+
+def test_memory_required_is_planned_for_the_gpu_before_the_model_is_there(gpu):
+    required = gpu(80e9).memory_required([1, 3, 4096, 4096])
+    pictures = 9 * 3 * 4096**2 * 4
+    assert 3e9 + pictures < required < 6e9 + pictures
+
+
+def test_memory_required_leaves_room_for_the_weights(gpu):
+    """On a small GPU a leaner plan: with no room left, ComfyUI would keep no weight there."""
+    ample, small = (gpu(total).memory_required([1, 3, 4096, 4096]) for total in (80e9, 8e9))
+    assert small < ample
+    assert small <= 0.9 * 8e9 - 1.1 * 1.5e9
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_run_takes_what_the_patcher_gives_without_its_weights_and_a_reserve(comfy, dynamic):
+    """With dynamic VRAM the weights of all models count as free, and ours are to stay."""
+    patcher = SimpleNamespace(
+        get_free_memory=lambda device: 8e9, is_dynamic=lambda: dynamic, model_size=lambda: 1.5e9
+    )
+    run = comfy.module("nodes.infdit.comfy_model").PlannedRun()
+    run.patcher = patcher
+    x = torch.empty(1, 3, 1024, 1024, device="meta")
+    expected = 0.9 * (8e9 - 1.5e9 * dynamic) - 4 * 3 * 1024**2 * 4
+    assert run._budget(x) == pytest.approx(expected)
+
+
+def test_memory_is_pinned_by_comfyui_as_it_was_told(comfy, monkeypatch):
+    management = importlib.import_module("comfy.model_management")
+    run = comfy.module("nodes.infdit.comfy_model").PlannedRun()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", -1)  # --disable-pinned-memory
+    run.host.take(100, torch.device("cuda", 0))
+    assert not run.host.pinned
+    told = []
+    monkeypatch.setattr(management, "pin_memory", lambda memory: told.append(memory) or True)
+    monkeypatch.setattr(management, "unpin_memory", lambda memory: told.remove(memory))
+    run.release()
+    run.host.take(100, torch.device("cuda", 0))
+    assert run.host.pinned
+    assert len(told) == 1
+    del run
+    gc.collect()
+    assert not told
+
+
+def test_a_schedule_that_the_ram_is_too_small_for_is_refused(comfy, load, upscale, monkeypatch):
+    planner = comfy.module("infdit_core.memory.planner")
+    model = load("tiny")[0]
+    model = comfy.nodes["InfDiTSchedule"].execute(model, "layer by layer", 1, True, 0.0).args[0]
+    upscale(model, torch.rand(1, 16, 8, 3), 4.0)
+    monkeypatch.setattr(planner, "waiting_bytes", lambda: 10.0)
+    with pytest.raises(ValueError, match=r"tokens in RAM: 0 MB would wait in RAM, of which 0 MB"):
+        upscale(model, torch.rand(1, 16, 8, 3), 4.0)
 
 
 def test_progress_per_chunk_and_a_preview_per_step(load, upscale, bar):

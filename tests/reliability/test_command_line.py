@@ -176,17 +176,33 @@ def test_memory_that_is_counted():
         host_memory.require_memory((10**5, 10**5), "cpu", results=99)
 
 
-def test_the_share_of_a_container_counts(tmp_path, monkeypatch):
-    files = {
-        "memory.max": "1000",
-        "memory.current": "900",
-        "memory.stat": "anon 500\nactive_file 7",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+@pytest.mark.parametrize(
+    ("row", "folder", "names"),
+    [
+        ("0::/", "", ("memory.max", "memory.current", "active_file")),
+        ("0::/user/job 7", "user/job 7", ("memory.max", "memory.current", "active_file")),
+        ("0::/user/job/step", "user", ("memory.max", "memory.current", "active_file")),
+        ("0::/not/seen/from/here", "", ("memory.max", "memory.current", "active_file")),
+        (
+            "9:cpu:/\n7:memory:/docker/1",
+            "memory/docker/1",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file"),
+        ),
+    ],
+)
+def test_the_share_of_a_container_counts(tmp_path, monkeypatch, row, folder, names):
+    limit, used, cache = names
+    group = tmp_path / "groups" / folder
+    group.mkdir(parents=True)
+    (group / limit).write_text("1000\n")
+    (group / used).write_text("900\n")
+    (group / "memory.stat").write_text(f"anon 500\n{cache} 7\n")
+    (tmp_path / "own").write_text(f"{row}\n")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path / "groups")
+    monkeypatch.setattr(host_memory, "_OWN_GROUPS", tmp_path / "own")
     assert host_memory.available_bytes() == 107
-    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.waiting_bytes() == pytest.approx(96.3)
+    (group / limit).write_text("max\n")
     assert host_memory.available_bytes() > 1000
 
 

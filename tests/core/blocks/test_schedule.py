@@ -1,6 +1,7 @@
 """Every order of computation gives the same result, in the memory that it promises."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ def test_all_schedules_agree(model, grid):
     sigma = torch.tensor([0.3, 5.0])
     expected = model.denoise(x, sigma, cond, Full())
     for n in SIZES:
-        others = {"tokens_on_host": True}, {"keep_lr": False}
-        for schedule in (BlockMajor(n), LayerMajor(n), *(LayerMajor(n, **how) for how in others)):
+        layers, blocks = LayerMajor(n), BlockMajor(n)
+        others = replace(layers, tokens_on_host=True), replace(blocks, frontier_on_host=True)
+        for schedule in (blocks, layers, *others, replace(layers, keep_lr=False)):
             result = model.denoise(x, sigma, cond, schedule)
             torch.testing.assert_close(
                 result, expected, atol=1e-5, rtol=0, msg=lambda m, s=schedule: f"{s}: {m}"
@@ -84,14 +86,14 @@ def test_a_chunk_of_nothing_is_refused(kind):
 def test_lr_keys_are_made_once_per_token_and_picture(model, schedule):
     """Not nine times for the nine windows that a token lies in, nor in every evaluation."""
     noise, cond = random_condition(model, 3, 4)
-    border, made = model.config.lr_block, []
-    rows, columns = (n // 2 + 2 * border for n in cond.lr.shape[-2:])
+    rows, columns = (n // 2 for n in cond.lr.shape[-2:])
+    made = []
     hook = model.cross_attention.key_value.register_forward_hook(
         lambda m, args, out: made.append(math.prod(out.shape[:-1]))
     )
     sample(model, cond, edm_sigmas(3), noise=noise, schedule=schedule)
     hook.remove()
-    assert sum(made) == rows * columns
+    assert sum(made) == rows * columns + 1  # and one for all that lie outside
 
 
 def test_where_things_live_does_not_change_the_picture(model):

@@ -1,6 +1,7 @@
 """The command line, with the tiny network of random weights."""
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -378,6 +379,11 @@ def test_plan_marks_what_is_taken(models, capsys):
     assert "layer by layer" in marked[0]
     assert main([*map(str, command), "--memory", "1MB"]) == 1
     assert "nothing fits 1 MB" in capsys.readouterr().err
+    command += ["--memory", "500MB", "--ram"]  # what waits there has to fit too
+    assert main([*map(str, command), "2GB"]) == 0
+    assert re.search(r"^> .* in RAM", capsys.readouterr().out, re.MULTILINE)
+    assert main([*map(str, command), "1MB"]) == 1
+    assert "nothing fits 0.5 GB with 1 MB of RAM" in capsys.readouterr().err
 
 
 def test_another_upscaler_s_picture_is_refined(models, picture, tmp_path, capsys):

@@ -1,6 +1,9 @@
 """Predicted memory is what is counted, and the plan fits."""
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -8,20 +11,25 @@ import torch
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
-from infdit_core.memory import planner
-from infdit_core.memory.adaptive import Adaptive, is_out_of_memory
+from infdit_core.memory import host, planner
+from infdit_core.memory.adaptive import Adaptive, is_out_of_memory, memory_budget
 from infdit_core.memory.live_bytes import LiveBytes
 from infdit_core.memory.planner import (
+    Plan,
     PlanError,
     Workload,
+    check_host,
     evaluation_bytes,
     evaluation_flop,
+    host_bytes,
     peak_bytes,
     plan,
     plans,
     weight_bytes,
 )
+from infdit_core.network.condition import Condition
 from infdit_core.network.config import RELEASED
+from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.network.run import Run
 from infdit_core.sampling import sample
@@ -36,6 +44,8 @@ SCHEDULES = [
     LayerMajor(8),
     LayerMajor(2, keep_lr=False),
     LayerMajor(2, tokens_on_host=True),
+    BlockMajor(1, frontier_on_host=True),
+    BlockMajor(2, frontier_on_host=True, keep_lr=False),
 ]
 
 
@@ -53,8 +63,7 @@ def test_an_evaluation_takes_what_is_predicted(grid, schedule, dtype):
     counted = live.peak - x.nbytes  # the result is one of the solver's pictures
     work = Workload(model.config, *x.shape[-2:], dtype)
     predicted = evaluation_bytes(work, schedule)
-    if schedule.tokens_on_host:  # which here is the same memory
-        predicted += grid.blocks * work.block_bytes
+    predicted += host_bytes(work, schedule)  # which here is the same memory
     assert predicted == pytest.approx(counted, rel=0.1)
 
 
@@ -70,6 +79,20 @@ def test_sampling_takes_what_is_predicted(schedule, residual):
     work = Workload(model.config, side, side, torch.float32, weights=False, residual=residual)
     predicted = peak_bytes(work, schedule)
     assert predicted == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_keys_of_a_large_lr_picture_are_made_in_what_is_predicted():
+    config = replace(RELEASED, num_layers=2)
+    work = Workload(config, 2048, 2048, torch.bfloat16)
+    net = InfDiT(config, dtype=torch.bfloat16, device="meta", attend=lambda q, k, v: q)
+    x = torch.empty(1, 3, 2048, 2048, device="meta")
+    cond = Condition(x, x[..., ::4, ::4], torch.empty(1, config.vector_size, device="meta"))
+    schedule, run = BlockMajor(2), Run()
+    with torch.no_grad(), LiveBytes() as live:
+        result = net(x, torch.ones(1, device="meta"), cond, schedule, run=run, dtype=work.dtype)
+    assert run.lr_kv is not None
+    predicted = evaluation_bytes(work, schedule) + run.lr_kv.nbytes
+    assert predicted == pytest.approx(live.peak - result.nbytes, rel=0.05)
 
 
 def test_sizes_of_the_released_model():
@@ -91,6 +114,64 @@ def test_the_schedule_for_a_memory_is_that_of_the_first_plan_that_fits():
     assert peak_bytes(Workload(RELEASED, 2048, 2048, torch.bfloat16), schedule) <= 6e9
     found = plans(Workload(RELEASED, 2048, 2048, torch.bfloat16))
     assert schedule == next(p.schedule for p in found if p.peak_bytes <= 6e9)
+
+
+def test_a_plan_leaves_the_ram_what_it_needs():
+    """16384² in bf16: lines of keys and values wait in RAM in place of all tokens."""
+    work = Workload(RELEASED, 16384, 16384, torch.bfloat16, pictures=False)
+    found = plans(work)
+    ample = Adaptive(found, 8e9, host_bytes=64e9).plan
+    assert isinstance(ample.schedule, BlockMajor)
+    assert ample.schedule.frontier_on_host
+    assert ample.peak_bytes <= 8e9
+    assert ample.host_bytes == 128 * RELEASED.num_layers * 2 * work.block_bytes
+    assert ample.host_bytes / 1e9 == pytest.approx(18.8, abs=0.05)
+    assert Adaptive(found, 8e9, host_bytes=18e9).plan.host_bytes <= 18e9
+    schedule = plan(RELEASED, 16384, 16384, torch.bfloat16, 8e9, host_bytes=64e9)
+    assert host_bytes(work, schedule) <= 64e9
+    with pytest.raises(PlanError, match=r"got 8.0 GB; or .* in RAM, of which 10.0 GB are free"):
+        plan(RELEASED, 16384, 16384, torch.bfloat16, 8e9, host_bytes=10e9)
+
+
+def test_the_ram_of_the_machine_counts(monkeypatch):
+    monkeypatch.setattr(host, "available_bytes", lambda *, swap: 10e9 if not swap else 1e12)
+    with pytest.raises(PlanError, match=r"of which 9.0 GB are free"):
+        plan(RELEASED, 16384, 16384, torch.bfloat16, 8e9)
+    work = Workload(RELEASED, 8192, 8192, torch.bfloat16)
+    with pytest.raises(PlanError, match=r"tokens in RAM: 10.7 GB would wait in RAM, of which 9.0"):
+        check_host(work, LayerMajor(32, tokens_on_host=True))
+    check_host(work, LayerMajor(32))
+
+
+def test_a_smaller_plan_neither_takes_more_ram_than_there_is_nor_moves_the_pictures():
+    made = [
+        Plan(LayerMajor(4), 100, 0, 1.0),
+        Plan(LayerMajor(3, True), 50, 30, 1.1),
+        Plan(LayerMajor(2, pictures_device="cpu"), 40, 10, 1.2),
+        Plan(LayerMajor(2, True), 30, 20, 1.3),
+    ]
+    tried = []
+
+    def evaluate(schedule):
+        tried.append(schedule)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError
+        return schedule
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Adaptive(made, free_memory=lambda: None, host_bytes=25).call(evaluate)
+    assert tried == [made[0].schedule, made[3].schedule]
+
+
+def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 8e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2e9)
+    weight = SimpleNamespace(device=torch.device("cuda", 0), nbytes=1e9)
+    net = SimpleNamespace(
+        final=SimpleNamespace(linear=SimpleNamespace(weight=weight)), parameters=lambda: [weight]
+    )
+    assert memory_budget(cast("InfDiT", net)) == pytest.approx(0.9 * 5e9 + 1e9)
 
 
 def test_what_fits_nowhere_is_refused_with_the_least_that_is_needed():
