@@ -81,46 +81,77 @@ class Grid(NamedTuple):
 
 
 class Frontier:
-    """Keys and values of one layer that chunks still to come will read.
+    """Keys and values of one layer: of the chunk at work, and what later chunks will read of them.
 
-    Holds one line of blocks along the shorter side of the picture, the end of the last chunk, and
-    the one block diagonal to the next chunk. Tensors are (2, B, rows, columns, ...): keys, values.
+    They lie in lines of blocks, (2, B, blocks, ...) with keys first and the block before the line
+    at index 0. A line is read where it was written: one that is a chunk by itself is never copied.
     """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._kept: dict[str, Tensor] = {}
 
-    def exchange(self, bordered: Tensor, chunk: Chunk) -> None:
-        """Fill the border of a chunk's keys and values, and keep what later chunks need.
+    def room(self, like: Tensor, chunk: Chunk) -> Tensor:
+        """Where a chunk's keys and values are to be written: (2, B, r, c, ...), uninitialised.
 
         Args:
-            bordered: (2, B, rows + 1, columns + 1, ...) with the chunk itself at [1:, 1:]; the
-                border row and column are written here.
+            like: (B, r, c, ...) in the dtype and on the device of the keys.
             chunk: where that is; chunks come in the order of `Grid.chunks`.
         """
-        kept, length = self._kept, self._grid.shorter
-        longer = max(self._grid)
-        if self._grid.by_columns:
-            bordered, chunk = bordered.transpose(2, 3), chunk.transposed
+        by_columns, chunk = self.by_columns(chunk), self._scanned(chunk)
+        shape = 2, len(like), chunk.rows, 1 + chunk.columns, *like.shape[3:]
+        lines = self._kept["lines"] = like.new_empty(shape)
+        inside = lines[:, :, :, 1:]
+        return inside.transpose(2, 3) if by_columns else inside
 
+    def neighbourhoods(self, chunk: Chunk) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each line of the chunk that is written: its blocks, their left-top, left and top.
+
+        Each is a view (2, B, blocks, ...), valid until `keep`.
+        """
+        by_columns, chunk = self.by_columns(chunk), self._scanned(chunk)
+        kept, lines = self._kept, self._kept["lines"]
+        lines[:, :, :, 0] = lines[:, :, :, 1] if chunk.left == 0 else kept["end"]
         if chunk.top == 0:
-            bordered[:, :, 0, 1:] = bordered[:, :, 1, 1:]
+            above = lines[:, :, 0]
         else:
-            bordered[:, :, 0, 1:] = kept["line"][:, :, chunk.left : chunk.right]
-        if chunk.left == 0:
-            bordered[:, :, :, 0] = bordered[:, :, :, 1]
-        else:
-            bordered[:, :, 1:, 0] = kept["end"]
-            bordered[:, :, 0, 0] = kept["end"][:, :, 0] if chunk.top == 0 else kept["corner"]
+            above = kept["above"][:, :, chunk.left : chunk.right + 1]
+        for line in lines.unbind(2):
+            left, top = line[:, :, :-1], above[:, :, 1:]
+            if by_columns:
+                left, top = top, left
+            yield line[:, :, 1:], above[:, :, :-1], left, top
+            above = line
 
-        if chunk.right < length:
-            kept["end"] = bordered[:, :, 1:, -1].clone()
-            kept["corner"] = bordered[:, :, 0, -1].clone()
-        if chunk.bottom < longer:
-            if chunk.top == 0 and chunk.left == 0:
-                shape = list(bordered.shape)
-                kept["line"] = bordered.new_empty(*shape[:2], length, *shape[4:])
-            kept["line"][:, :, chunk.left : chunk.right] = bordered[:, :, -1, 1:]
-        elif chunk.right == length:
-            kept.clear()  # that was the last chunk
+    def keep(self, chunk: Chunk) -> None:
+        """Let go what no later chunk will read, once the neighbourhoods have been used."""
+        kept = self._kept
+        if (chunk.bottom, chunk.right) == self._grid:
+            kept.clear()
+            return
+        chunk, length = self._scanned(chunk), self._grid.shorter
+        lines, ends = kept.pop("lines"), chunk.right == length
+        if not ends:
+            kept["end"] = lines[:, :, :, -1].clone()
+        if chunk.columns == length:
+            kept["above"] = lines[:, :, -1] if chunk.rows == 1 else lines[:, :, -1].clone()
+        elif chunk.bottom < max(self._grid):
+            if "above" not in kept:
+                shape = lines.shape
+                kept["above"] = lines.new_empty(*shape[:2], 1 + length, *shape[4:])
+            # what lies above the last block is still to be read, by the next chunk
+            blocks = chunk.columns + ends
+            kept["above"][:, :, chunk.left : chunk.left + blocks] = lines[:, :, -1, :blocks]
+
+    def by_columns(self, chunk: Chunk) -> bool:
+        """Whether the lines of a chunk are columns.
+
+        They lie along the shorter side of the picture, those of a picture in one chunk along the
+        longer: few and long.
+        """
+        grid = self._grid
+        return grid.rows > grid.columns if chunk == grid.whole else grid.by_columns
+
+    def _scanned(self, chunk: Chunk) -> Chunk:
+        """A chunk with rows along the lines."""
+        return chunk.transposed if self.by_columns(chunk) else chunk

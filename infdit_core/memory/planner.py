@@ -238,13 +238,11 @@ def _cost(work: Workload, schedule: Schedule) -> float:
 
 
 def _frontier_blocks(grid: Grid, chunk: Chunk) -> int:
-    """Blocks of a frontier: the line across the shorter side, the last chunk's end and corner."""
+    """Blocks of a frontier: the line above with its border, and the last chunk's end."""
     if grid.by_columns:
         chunk = chunk.transposed
-    blocks = grid.shorter if chunk.rows < max(grid) else 0
-    if chunk.columns < grid.shorter:
-        blocks += chunk.rows + 1
-    return blocks
+    blocks = grid.shorter + 1 if chunk.rows < max(grid) else 0
+    return blocks + (chunk.rows if chunk.columns < grid.shorter else 0)
 
 
 def _lr_bytes(work: Workload, *, kept: bool) -> int:

@@ -67,7 +67,7 @@ class BlockAttention(nn.Module):
     def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
         super().__init__()
         h, d = config.hidden_size, config.head_dim
-        self.num_heads, self.side = config.num_heads, config.block_patches
+        self.num_heads = config.num_heads
         self.qkv = ops.Linear(h, 3 * h, **factory)
         self.qk_norm = ops.LayerNorm(d, eps=EPS, **factory)  # for queries and keys alike
         self.segment_embed = nn.Parameter(torch.empty(4, config.num_heads, d, **factory))
@@ -83,30 +83,29 @@ class BlockAttention(nn.Module):
         chunk: Chunk,
         attend: Attend,
     ) -> Tensor:
-        q, bordered = self.project(tokens, shift, scale, rotary)
-        frontier.exchange(bordered, chunk)
-        out = block_attention(q, bordered, cast_like(self.segment_embed, q), attend)
-        return self.dense(out.flatten(-2))
+        room = frontier.room(tokens.unflatten(-1, (self.num_heads, -1)), chunk)
+        q = self.project(tokens, shift, scale, rotary, room)
+        lines = (
+            2 if frontier.by_columns(chunk) else 1
+        )  # the dimension along which the chunk has lines
+        out = block_attention(
+            q.transpose(1, lines),
+            frontier.neighbourhoods(chunk),
+            cast_like(self.segment_embed, q),
+            attend,
+        )
+        frontier.keep(chunk)
+        return self.dense(out.transpose(1, lines).flatten(-2))
 
     def project(
-        self, tokens: Tensor, shift: Tensor, scale: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor]:
-        """Queries (B, r, c, A, T, d), and keys and values (2, B, r + 1, c + 1, A, T, d).
-
-        The border of the keys and values is left for the frontier to fill.
-        """
-        b, r, c, t, _ = tokens.shape
+        self, tokens: Tensor, shift: Tensor, scale: Tensor, rotary: Rotary, room: Tensor
+    ) -> Tensor:
+        """Queries (B, r, c, T, A, d); keys and values go to `room` (2, B, r, c, T, A, d)."""
         qkv = self.qkv(modulate(layer_norm(tokens), shift, scale))  # (B, r, c, T, 3·hidden)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, r, c, T, A, d) each
-        bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
-        bordered[0, :, 1:, 1:] = self._place(k, rotary)
-        bordered[1, :, 1:, 1:] = v.transpose(-3, -2)  # (B, r, c, A, T, d)
-        return self._place(q, rotary), bordered
-
-    def _place(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """Normalise and rotate queries or keys: (B, r, c, T, A, d) -> (B, r, c, A, T, d)."""
-        x = rearrange(self.qk_norm(x), "b r c (y x) a d -> b r c y x a d", y=self.side)
-        return rearrange(rotate(x, *rotary), "b r c y x a d -> b r c a (y x) d")
+        room[0] = rotate(self.qk_norm(k), rotary)
+        room[1] = v
+        return rotate(self.qk_norm(q), rotary).to(q.dtype)
 
 
 class LRCrossAttention(nn.Module):
