@@ -299,7 +299,9 @@ class DiffusionModel(torch.nn.Module):
     def __init__(self, config: InfDiTConfig, dtype=None, device=None, operations=None):
         super().__init__()
         self.dtype = dtype
-        self.net = InfDiT(config, dtype=dtype, device=device, operations=operations, attend=attend)
+        self.net = InfDiT(
+            config, dtype=dtype, device=device, operations=operations, attend=attention()
+        )
 
     def forward(
         self, x, timestep, context=None, control=None, transformer_options=None, **conds
@@ -365,6 +367,12 @@ def _interruptible(report):
             report(done, total)
 
     return progress
+
+
+def attention():
+    """What computes attention: the engine's own where the user's choice is PyTorch's too."""
+    core = comfy.ldm.modules.attention
+    return sdpa if core.optimized_attention is core.attention_pytorch else attend
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
