@@ -228,18 +228,32 @@ def parts(net: InfDiT, now_in: Callable[[str], None]) -> Iterator[None]:
         around.pop()
         now_in(around[-1])
 
-    def attend_as_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        begin("attention")
-        out = attend(q, k, v)
-        end()
-        return out
+    def as_part(run: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            begin("attention")
+            out = run(*args)
+            end()
+            return out
+
+        return watched
+
+    class Watched:
+        """The attention, to all keys or to a part of them."""
+
+        __call__ = staticmethod(as_part(attend))
+
+        @staticmethod
+        def for_parts(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Any] | None:
+            for_parts = getattr(attend, "for_parts", None)
+            part = for_parts and for_parts(q, k, v)
+            return part and as_part(part)
 
     hooks = []
     for name, module in net.named_modules():
         if part := _PARTS.get(re.sub(r"^layers\.\d+\.", "", name)):
             hooks.append(module.register_forward_pre_hook(lambda *_, part=part: begin(part)))
             hooks.append(module.register_forward_hook(lambda *_: end()))
-    net.attend = attend_as_part
+    net.attend = Watched()
     now_in("other")
     try:
         yield

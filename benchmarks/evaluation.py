@@ -21,6 +21,7 @@ import torch
 from infdit_core.blocks.schedules import Schedule
 from infdit_core.memory.adaptive import is_out_of_memory
 from infdit_core.memory.planner import Workload, evaluation_bytes, evaluation_flop
+from infdit_core.network import fast
 from infdit_core.network.condition import Condition
 from infdit_core.network.config import DTYPES, LR_SCALE
 from infdit_core.network.model import InfDiT
@@ -112,10 +113,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         config={"default": "small"}, size={"default": 512}, rounds={"default": 5}, schedules={},
     )  # fmt: skip
     parser.add_argument("--compile", choices=("no", "yes", "both"), default="no")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        choices=[*fast.DEVICES],
+        default=[],
+        help="ways of infdit_core.network.fast that are not taken",
+    )
     parser.add_argument("--out", type=Path, help="instead of the name in benchmarks/results")
     args = common.parse(parser, argv)
+    fast.DEVICES.update({way: set() for way in args.without})
     net = common.build(CONFIGS[args.config], DTYPES[args.dtype], args.device)
-    result = common.header(args, "config", "size", "dtype") | {
+    result = common.header(args, "config", "size", "dtype", "without") | {
         "matmul_flop_per_second": matmul_speed(DTYPES[args.dtype], args.device),
         "schedules": [],
     }

@@ -22,6 +22,13 @@ baseline() { # the first thing to know: seconds, share of the matmul speed, peak
 }
 chunks() { evaluation --size 4096 --schedules layers=4 layers=8 layers=16 layers=32 layers=64 --out benchmarks/results/chunks_cuda.json; }
 compile() { evaluation --size 4096 --schedules layers=32 --compile both --out benchmarks/results/compile_cuda.json; }
+ways() { # all the ways of infdit_core.network.fast, then each of them off
+    local out=benchmarks/results/ways_cuda
+    evaluation --size 4096 --schedules layers=32 --out ${out}_all.json
+    for way in norm place join gelu backends; do
+        evaluation --size 4096 --schedules layers=32 --without $way --out ${out}_without_$way.json
+    done
+}
 large() { evaluation --size 8192 --schedules layers=64 layers=64,host blocks=8; }
 choices() { # bf16 is the baseline: an exact sampling in fp32 alone would take the ten minutes
     run benchmarks.choices --config released --device cuda --dtype bf16 --size 1024 --rounds 1
@@ -40,7 +47,7 @@ release() { # beside the authors' own network, where INFDIT_RELEASE names a chec
 }
 quality() { run benchmarks.quality --photos "$photos" --device cuda --crop 2048 --out benchmarks/results/quality_2048.json; }
 
-for step in "${@:-tests baseline chunks compile large choices hidiffusion comfyui release quality}"; do
+for step in "${@:-tests baseline chunks compile ways large choices hidiffusion comfyui release quality}"; do
     for name in $step; do $name; done
 done
 exit $failed

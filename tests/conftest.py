@@ -14,11 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.comfy import STEPS, Comfy, load_comfy
 from tests.goldens import ASKED, GOLDEN, TINY, TINY_PRIOR, random_tensors
 from tools.comfy_server import ComfyServer, running_server
+
+# Kernels are tested where there is no GPU; read when anything imports Triton for the first time.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,9 @@ class FakeEvent:
     def query(self) -> bool:
         return True
 
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1.0
+
 
 class Machine(TorchDispatchMode):
     """One host and the streams of a GPU, watching every operation."""
@@ -108,6 +111,7 @@ class Machine(TorchDispatchMode):
         self.syncs: Counter = Counter()
         self.copied: Counter = Counter()
         self.launches = 0
+        self.called: Counter = Counter()
         self._pinned: set[int] = set()
         self.unpinnable = False
         self._writes: dict[tuple[int, ...], tuple[FakeStream, tuple[str, int], str]] = {}
@@ -220,9 +224,11 @@ class Machine(TorchDispatchMode):
             self._copy(func, args, kwargs, made)
         elif gpu_now:
             self.launches += 1
+            self.called[func.name()] += 1
+            made += _mutated(func, args, kwargs)
             self._touch(func, made, tensors, self.current(gpu_now[0].device))
         else:
-            self._touch(func, made, tensors, HOST)
+            self._touch(func, made + _mutated(func, args, kwargs), tensors, HOST)
         return out
 
     def _is_view(self, func, tensors, made) -> bool:
@@ -340,6 +346,15 @@ class Machine(TorchDispatchMode):
                 return f"{name.split(self._package)[-1].lstrip('/')}:{frame.f_lineno}"
             frame = frame.f_back
         return "?"
+
+
+def _mutated(func, args, kwargs):
+    """The tensors that an operation writes over."""
+    arguments = func._schema.arguments
+    given = {a.name: kwargs.get(a.name, args[i] if i < len(args) else None)
+             for i, a in enumerate(arguments)}  # fmt: skip
+    changed = [given[a.name] for a in arguments if a.alias_info and a.alias_info.is_write]
+    return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
 
 
 def _apply(module, fn, recurse=True):

@@ -106,14 +106,14 @@ class Grid(NamedTuple):
 
 
 class Frontier:
-    """Keys and values of one layer that chunks still to come will read.
+    """Keys and values of one layer: of the chunk at work, and what later chunks will read of them.
 
-    Holds one line of blocks along the shorter side of the picture, the end of the last chunk, and
-    the one block diagonal to the next chunk. Tensors are (2, B, rows, columns, ...): keys, values.
+    They lie in lines of blocks, (2, B, blocks, ...) with keys first and the block before the line
+    at index 0. A line is read where it was written: one that is a chunk by itself is never copied.
 
     Args:
         grid: of the picture.
-        line: where the line waits; here if None.
+        line: where the line above waits; here if None.
         layer: whose line it is there.
     """
 
@@ -121,52 +121,85 @@ class Frontier:
         self._grid, self._line, self._layer = grid, line, layer
         self._kept: dict[str, Tensor] = {}
 
-    def exchange(self, bordered: Tensor, chunk: Chunk) -> None:
-        """Fill the border of a chunk's keys and values, and keep what later chunks need.
+    def room(self, like: Tensor, chunk: Chunk) -> Tensor:
+        """Where a chunk's keys and values are to be written: (2, B, r, c, ...), uninitialised.
 
         Args:
-            bordered: (2, B, rows + 1, columns + 1, ...) with the chunk itself at [1:, 1:]; the
-                border row and column are written here.
+            like: (B, r, c, ...) in the dtype and on the device of the keys.
             chunk: where that is; chunks come in the order of `Grid.chunks`.
         """
-        kept, length = self._kept, self._grid.shorter
-        longer = max(self._grid)
-        if self._grid.by_columns:
-            bordered = bordered.transpose(2, 3)
-        chunk = self._grid.scanned(chunk)
+        by_columns, chunk = self.by_columns(chunk), self._scanned(chunk)
+        shape = 2, len(like), chunk.rows, 1 + chunk.columns, *like.shape[3:]
+        lines = self._kept["lines"] = like.new_empty(shape)
+        inside = lines[:, :, :, 1:]
+        return inside.transpose(2, 3) if by_columns else inside
 
-        if chunk.top == 0:
-            bordered[:, :, 0, 1:] = bordered[:, :, 1, 1:]
-        else:
-            bordered[:, :, 0, 1:] = self._above(chunk)
-        if chunk.left == 0:
-            bordered[:, :, :, 0] = bordered[:, :, :, 1]
-        else:
-            bordered[:, :, 1:, 0] = kept["end"]
-            bordered[:, :, 0, 0] = kept["end"][:, :, 0] if chunk.top == 0 else kept["corner"]
+    def neighbourhoods(self, chunk: Chunk) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each line of the chunk that is written: its blocks, their left-top, left and top.
 
-        if chunk.right < length:
-            kept["end"] = bordered[:, :, 1:, -1].clone()
-            kept["corner"] = bordered[:, :, 0, -1].clone()
-        if chunk.bottom < longer:
-            self._keep_line(chunk, bordered[:, :, -1, 1:])
-        elif chunk.right == length:
-            kept.clear()  # that was the last chunk
+        Each is a view (2, B, blocks, ...), valid until `keep`.
+        """
+        by_columns, chunk = self.by_columns(chunk), self._scanned(chunk)
+        lines = self._kept["lines"]
+        lines[:, :, :, 0] = lines[:, :, :, 1] if chunk.left == 0 else self._kept["end"]
+        above = self._above(chunk)
+        for line in lines.unbind(2):
+            left, top = line[:, :, :-1], above[:, :, 1:]
+            if by_columns:
+                left, top = top, left
+            yield line[:, :, 1:], above[:, :, :-1], left, top
+            above = line
+
+    def keep(self, chunk: Chunk) -> None:
+        """Let go what no later chunk will read, once the neighbourhoods have been used."""
+        kept = self._kept
+        if (chunk.bottom, chunk.right) == self._grid:
+            kept.clear()
+            return
+        chunk, length = self._scanned(chunk), self._grid.shorter
+        lines, ends = kept.pop("lines"), chunk.right == length
+        if not ends:
+            kept["end"] = lines[:, :, :, -1].clone()
+        if chunk.bottom < max(self._grid):
+            self._keep_line(chunk, lines[:, :, -1], alone=chunk.rows == 1, ends=ends)
 
     def _above(self, chunk: Chunk) -> Tensor:
-        """The line above a chunk: (2, B, columns, ...)."""
-        if self._line is not None:
-            return self._line.pop((self._layer, chunk.left))
-        return self._kept["line"][:, :, chunk.left : chunk.right]
+        """The line above a chunk, and the block before it: (2, B, 1 + blocks, ...)."""
+        kept = self._kept
+        if chunk.top == 0:
+            return kept["lines"][:, :, 0]
+        if self._line is None:
+            return kept["above"][:, :, chunk.left : chunk.right + 1]
+        blocks = self._line.pop((self._layer, chunk.left))  # (2, B, blocks, ...)
+        before = blocks[:, :, :1] if chunk.left == 0 else kept["corner"]
+        kept["corner"] = blocks[:, :, -1:].clone()
+        return torch.cat([before, blocks], dim=2)
 
-    def _keep_line(self, chunk: Chunk, blocks: Tensor) -> None:
-        """Keep the last line of a chunk: (2, B, columns, ...)."""
+    def _keep_line(self, chunk: Chunk, line: Tensor, *, alone: bool, ends: bool) -> None:
+        """Keep the last line of a chunk, (2, B, 1 + blocks, ...)."""
+        kept, length = self._kept, self._grid.shorter
         if self._line is not None:
-            self._line[self._layer, chunk.left] = blocks.clone(
-                memory_format=torch.contiguous_format
-            )
-            return
-        if chunk.top == 0 and chunk.left == 0:
-            shape = *blocks.shape[:2], self._grid.shorter, *blocks.shape[3:]
-            self._kept["line"] = blocks.new_empty(shape)
-        self._kept["line"][:, :, chunk.left : chunk.right] = blocks
+            blocks = line[:, :, 1:].clone(memory_format=torch.contiguous_format)
+            self._line[self._layer, chunk.left] = blocks
+        elif chunk.columns == length:
+            kept["above"] = line if alone else line.clone()
+        else:
+            if "above" not in kept:
+                shape = line.shape
+                kept["above"] = line.new_empty(*shape[:2], 1 + length, *shape[3:])
+            # what lies above the last block is still to be read, by the next chunk
+            blocks = chunk.columns + ends
+            kept["above"][:, :, chunk.left : chunk.left + blocks] = line[:, :, :blocks]
+
+    def by_columns(self, chunk: Chunk) -> bool:
+        """Whether the lines of a chunk are columns.
+
+        They lie along the shorter side of the picture, those of a picture in one chunk along the
+        longer: few and long.
+        """
+        grid = self._grid
+        return grid.rows > grid.columns if chunk == grid.whole else grid.by_columns
+
+    def _scanned(self, chunk: Chunk) -> Chunk:
+        """A chunk with rows along the lines."""
+        return chunk.transposed if self.by_columns(chunk) else chunk

@@ -134,12 +134,13 @@ class BlockMajor(Schedule):
         if not self.frontier_on_host:
             waiting = 2 * num_layers * (line + ends)
             return Residency(chunk, waiting, turn=chunk.blocks)
-        # beside the ends two slots for what comes, and what leaves
+        # beside ends and corners two slots for what comes, what leaves, and the line above whole
         length = grid.scanned(chunk).columns
-        slots = 3 * length if line else 0
+        slots = 4 * length + 1 if line else 0
         moved = 2 * length / chunk.blocks
-        waiting = 2 * (num_layers * ends + slots)
-        return Residency(chunk, waiting, 2 * num_layers * line, moved, chunk.blocks)
+        waiting = 2 * (num_layers * (ends + bool(line)) + slots)
+        host = 2 * num_layers * grid.shorter if line else 0
+        return Residency(chunk, waiting, host, moved, chunk.blocks)
 
     def __str__(self) -> str:
         parts = [f"block by block, {self.blocks}×{self.blocks} at a time"]
@@ -212,10 +213,10 @@ def _places(schedule: Schedule) -> list[str]:
 
 
 def frontier_blocks(grid: Grid, chunk: Chunk) -> tuple[int, int]:
-    """Blocks of a `Frontier`: the line along the shorter side; the last chunk's end and corner."""
+    """Blocks of a `Frontier`: the line above with the block before it; the last chunk's end."""
     chunk = grid.scanned(chunk)
-    line = grid.shorter if chunk.rows < max(grid) else 0
-    return line, chunk.rows + 1 if chunk.columns < grid.shorter else 0
+    line = grid.shorter + 1 if chunk.rows < max(grid) else 0
+    return line, chunk.rows if chunk.columns < grid.shorter else 0
 
 
 def candidates(grid: Grid, best: float, *, host: bool, alone: bool) -> Iterator[Schedule]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..blocks.grid import Chunk, Frontier
+from . import fast
 from .attention import Attend, block_attention
 from .config import InfDiTConfig
 from .rope import Rotary, rotate
@@ -27,6 +28,13 @@ def layer_norm(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x · (1 + scale) + shift, with shift and scale (B, hidden) for tokens (B, r, c, T, hidden)."""
     return torch.addcmul(_per_token(shift), x, 1 + _per_token(scale))
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm and modulation; of one picture they are one operation."""
+    if len(x) == 1 and fast.uses("norm", x):
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0], shift[0], EPS)
+    return modulate(layer_norm(x), shift, scale)
 
 
 def _per_token(x: Tensor) -> Tensor:
@@ -71,7 +79,7 @@ class BlockAttention(nn.Module):
     def __init__(self, config: InfDiTConfig, factory: dict, ops: Any) -> None:
         super().__init__()
         h, d = config.hidden_size, config.head_dim
-        self.num_heads, self.side = config.num_heads, config.block_patches
+        self.num_heads = config.num_heads
         self.qkv = ops.Linear(h, 3 * h, **factory)
         self.qk_norm = ops.LayerNorm(d, eps=EPS, **factory)  # for queries and keys alike
         self.segment_embed = ops.Embedding(4, h, **factory)
@@ -87,30 +95,34 @@ class BlockAttention(nn.Module):
         chunk: Chunk,
         attend: Attend,
     ) -> Tensor:
-        q, bordered = self.project(tokens, shift, scale, rotary)
-        frontier.exchange(bordered, chunk)
-        out = block_attention(q, bordered, cast_like(self.segment_embed, q), attend)
-        return self.dense(out.flatten(-2))
+        room = frontier.room(tokens.unflatten(-1, (self.num_heads, -1)), chunk)
+        q = self.project(tokens, shift, scale, rotary, room)
+        lines = 2 if frontier.by_columns(chunk) else 1  # the dimension that counts them
+        out = block_attention(
+            q.transpose(1, lines),
+            frontier.neighbourhoods(chunk),
+            cast_like(self.segment_embed, q),
+            attend,
+        )
+        frontier.keep(chunk)
+        # linear rounds once more where its input is not contiguous
+        return self.dense(out.transpose(1, lines).flatten(-2).contiguous())
 
     def project(
-        self, tokens: Tensor, shift: Tensor, scale: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor]:
-        """Queries (B, r, c, A, T, d), and keys and values (2, B, r + 1, c + 1, A, T, d).
+        self, tokens: Tensor, shift: Tensor, scale: Tensor, rotary: Rotary, room: Tensor
+    ) -> Tensor:
+        """Queries (B, r, c, T, A, d); keys and values go to `room` (2, B, r, c, T, A, d)."""
+        qkv = self.qkv(modulated_norm(tokens, shift, scale))  # (B, r, c, T, 3·hidden)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, r, c, T, 3, A, d)
+        norm = self.qk_norm
+        if fast.uses("place", qkv) and fast.is_plain(norm, qkv):
+            from .kernels import place  # Triton is there where this way is used
 
-        The border of the keys and values is left for the frontier to fill.
-        """
-        b, r, c, t, _ = tokens.shape
-        qkv = self.qkv(modulate(layer_norm(tokens), shift, scale))  # (B, r, c, T, 3·hidden)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, r, c, T, A, d) each
-        bordered = k.new_empty(2, b, r + 1, c + 1, self.num_heads, t, k.shape[-1])
-        bordered[0, :, 1:, 1:] = self._place(k, rotary)
-        bordered[1, :, 1:, 1:] = v.transpose(-3, -2)  # (B, r, c, A, T, d)
-        return self._place(q, rotary), bordered
-
-    def _place(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """Normalise and rotate queries or keys: (B, r, c, T, A, d) -> (B, r, c, A, T, d)."""
-        x = rearrange(self.qk_norm(x), "b r c (y x) a d -> b r c y x a d", y=self.side)
-        return rearrange(rotate(x, *rotary), "b r c y x a d -> b r c a (y x) d")
+            return place(qkv, norm.weight, norm.bias, *rotary, room, EPS)
+        q, k, v = qkv.unbind(-3)
+        room[0] = rotate(norm(k), rotary)
+        room[1] = v
+        return rotate(norm(q), rotary).to(q.dtype)
 
 
 class LRCrossAttention(nn.Module):
@@ -167,8 +179,19 @@ class MLP(nn.Module):
         self.fc1 = ops.Linear(config.hidden_size, config.mlp_size, **factory)
         self.fc2 = ops.Linear(config.mlp_size, config.hidden_size, **factory)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(modulate(x, shift, scale)), approximate="tanh"))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(_gelu_of(self.fc1, x))
+
+
+def _gelu_of(linear: Any, x: Tensor) -> Tensor:
+    """gelu(linear(x)), tanh-approximated."""
+    if fast.uses("gelu", x) and fast.is_plain(linear, x):
+        rows = x.flatten(0, -2)
+        weight = linear.weight.t()
+        return torch._addmm_activation(linear.bias, rows, weight, use_gelu=True).unflatten(
+            0, x.shape[:-1]
+        )
+    return F.gelu(linear(x), approximate="tanh")
 
 
 class Layer(nn.Module):
@@ -200,5 +223,5 @@ class FinalLayer(nn.Module):
         self.linear = ops.Linear(config.hidden_size, 3 * config.patch_size**2, **factory)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        x = layer_norm(layer_norm(x))  # the transformer's own final norm, then this layer's
-        return self.linear(modulate(x, shift, scale))
+        # the transformer's own final norm, then this layer's
+        return self.linear(modulated_norm(layer_norm(x), shift, scale))

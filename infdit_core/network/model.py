@@ -20,7 +20,15 @@ from ..errors import InfDiTError
 from .attention import Attend, sdpa
 from .condition import Condition
 from .config import LR_SCALE, InfDiTConfig
-from .layers import FinalLayer, Layer, LRCrossAttention, MLPEmbedding, layer_norm, time_features
+from .layers import (
+    FinalLayer,
+    Layer,
+    LRCrossAttention,
+    MLPEmbedding,
+    modulate,
+    modulated_norm,
+    time_features,
+)
 from .prior import Prior
 from .rope import Rotary, rotary_factors
 from .run import Run
@@ -258,10 +266,10 @@ class InfDiT(nn.Module):
         )
         if n == 0:
             tokens = tokens + self.cross_attention(tokens, lr_kv(chunk), self.attend)
-            mlp_in = self.cross_attention.output_norm(tokens)
+            mlp_in = modulate(self.cross_attention.output_norm(tokens), mlp_shift, mlp_scale)
         else:
-            mlp_in = layer_norm(tokens)
-        return tokens + layer.mlp(mlp_in, mlp_shift, mlp_scale)
+            mlp_in = modulated_norm(tokens, mlp_shift, mlp_scale)
+        return tokens + layer.mlp(mlp_in)
 
     def pixels(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Tokens (B, r, c, T, hidden) to pixels (B, 3, r·block, c·block)."""

@@ -35,28 +35,29 @@ def rotary_factors(positions: Tensor, head_dim: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn adjacent pairs of a head: the first half by the row, the second by the column.
 
     Args:
-        x: (B, r, c, b, b, A, d) queries or keys of r×c blocks of b×b patches.
-        rows: (r, b, d/4, 2) factors of the patch rows of these blocks.
-        columns: (c, b, d/4, 2) factors of their patch columns.
+        x: (B, r, c, T, A, d) queries or keys of r×c blocks.
+        rotary: factors of these blocks.
 
     Returns:
-        x turned, in the dtype of x; computed in float32, and in place where x is float32.
+        x turned, in float32; in place where x is float32.
     """
-    rows, columns = rows[:, None, :, None, None], columns[None, :, None, :, None]
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, r, c, b, b, A, d/2, 2)
+    side = rotary.rows.shape[1]
+    rows, columns = rotary.rows[:, None, :, None, None], rotary.columns[None, :, None, :, None]
+    pairs = x.float().unflatten(-1, (-1, 2)).unflatten(3, (side, side))
+    # (B, r, c, b, b, A, d/2, 2)
     half = pairs.shape[-2] // 2
-    if torch.compiler.is_compiling():  # which fuses real numbers only
+    if torch.compiler.is_compiling() or x.device.type == "mps":  # for which numbers are real
         first, second = pairs.split(half, dim=-2)
-        turned = torch.cat([_turn(first, rows), _turn(second, columns)], dim=-2)
-        return turned.flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(pairs)
-    pairs[..., :half] *= torch.view_as_complex(rows)
-    pairs[..., half:] *= torch.view_as_complex(columns)
-    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+        pairs = torch.cat([_turn(first, rows), _turn(second, columns)], dim=-2)
+    else:
+        turned = torch.view_as_complex(pairs)
+        turned[..., :half] *= torch.view_as_complex(rows)
+        turned[..., half:] *= torch.view_as_complex(columns)
+    return pairs.flatten(-2).flatten(3, 4)
 
 
 def _turn(pairs: Tensor, factors: Tensor) -> Tensor:

@@ -360,7 +360,7 @@ class DiffusionModel(torch.nn.Module):
         super().__init__()
         self.dtype = dtype
         self.net = CastingInfDiT(
-            config, dtype=dtype, device=device, operations=operations, attend=attend
+            config, dtype=dtype, device=device, operations=operations, attend=attention()
         )
         self._compiler: str | Callable | None = None
 
@@ -460,6 +460,12 @@ def _interruptible(report):
             report(done, total)
 
     return progress
+
+
+def attention():
+    """What computes attention: the engine's own where the user's choice is PyTorch's too."""
+    core = comfy.ldm.modules.attention
+    return sdpa if core.optimized_attention is core.attention_pytorch else attend
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

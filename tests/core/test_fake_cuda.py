@@ -57,11 +57,19 @@ CASES = {
     "fp16, tokens on host": {"schedule": LayerMajor(2, **HOST), "dtype": torch.float16},
     "fp32, tokens on host": {"schedule": LayerMajor(2, **HOST), "dtype": torch.float32},
 }
+GPU_OPERATORS = "infdit::place", "infdit::join", "aten::_addmm_activation"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_goes_wrong_on_a_gpu(name):
     assert apart(lambda: sampling_run(**CASES[name])) == {}
+
+
+def test_the_ways_of_a_gpu_are_taken():
+    """One kernel places, another joins the parts of the attention, gelu is part of a matmul."""
+    pytest.importorskip("triton")
+    counts = apart(lambda: sampling_run(schedule=LayerMajor(3), counts=True))
+    assert counts == dict.fromkeys(GPU_OPERATORS, 1)
 
 
 def test_pictures_may_live_on_the_device():
@@ -101,9 +109,12 @@ def apart(case) -> dict[str, int]:
 
 def sampling_run(
     *, schedule=None, cache=0, out_of_memory=False, cancel=0,
-    dtype=torch.bfloat16, sabotage=False, unpinned=False,
+    dtype=torch.bfloat16, sabotage=False, unpinned=False, counts=False,
 ) -> dict[str, int]:  # fmt: skip
-    """Two evaluations of a small network, and what was wrong with them."""
+    """Two evaluations of a small network, and what was wrong with them.
+
+    With `counts` the calls in a layer of a chunk of what only a GPU does.
+    """
     machine, cells, retry = Machine(str(ROOT)), 0, None
     machine.unpinnable = unpinned
     with machine.patches(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -156,6 +167,8 @@ def sampling_run(
             if x.device.type != ("cpu" if on_host else "cuda"):
                 machine.problems[f"the result is on {x.device}"] += 1
             canvas.finish(x)
+    if counts:
+        return {op: round(machine.called[op] / cells) for op in GPU_OPERATORS}
     return problems(machine, cells)
 
 

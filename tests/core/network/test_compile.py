@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
-from infdit_core.network.rope import rotary_factors, rotate
+from infdit_core.network.rope import Rotary, rotary_factors, rotate
 from tests.goldens import golden_model, random_condition
 
 HAS_COMPILER = shutil.which("g++") is not None
@@ -63,12 +63,12 @@ def test_one_graph_serves_all_layers_and_chunks():
 
 
 def test_rotation_in_real_numbers_is_that_in_complex_ones(monkeypatch):
-    x = torch.randn(1, 2, 3, 4, 4, 2, 16)
+    x = torch.randn(1, 2, 3, 16, 2, 16)
     factors = rotary_factors(torch.arange(12), 16)
-    rows, columns = factors[:8].unflatten(0, (2, 4)), factors.unflatten(0, (3, 4))
-    expected = rotate(x.clone(), rows, columns)
+    rotary = Rotary(factors[:8].unflatten(0, (2, 4)), factors.unflatten(0, (3, 4)))
+    expected = rotate(x.clone(), rotary)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(rotate(x, rows, columns), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(rotate(x, rotary), expected, atol=1e-6, rtol=0)
 
 
 def test_compiled_layers_can_be_streamed():
