@@ -4,7 +4,7 @@ The student starts as the model itself and samples as the engine will, by Euler'
 noise levels of --sigmas. From where a step of it begins, the frozen model solves its own ODE in
 more steps to where that step ends; the student's D is to be the one whose single step goes there.
 More steps are those that the model's file asks for, where it does: a model that was tuned for few
-levels need not have a good ODE between them (the bundled one has not).
+levels need not be better between them (the bundled one is not).
 
 That is progressive distillation (arXiv 2202.00512) in one round, on the student's own path as in
 DMD2 (arXiv 2405.14867), so that a later step knows what the earlier ones leave. It was chosen for
