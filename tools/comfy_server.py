@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACK_FOLDER = "comfyui-infdit"
 _HOST = "127.0.0.1"
-_BOOT_SECONDS = 300
+_BOOT_SECONDS = 900
 _STOP_SECONDS = 15
 _REQUEST_SECONDS = 60
 _POLL_SECONDS = 0.2

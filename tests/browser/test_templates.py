@@ -29,6 +29,29 @@ def overlaps(found: dict[str, list[float]]) -> list[tuple[str, str]]:
     ]
 
 
+def links_behind_nodes(page) -> list[str]:
+    """Links that pass behind a node that is not theirs, further in than 30 px."""
+    return page.evaluate(
+        """() => {
+          const ctx = document.createElement('canvas').getContext('2d');
+          ctx.lineWidth = 12;
+          const found = [], edge = 30;
+          for (const segment of app.canvas.renderedPaths) {
+            const ids = segment.linkIds ? [...segment.linkIds] : [segment.id];
+            const links = ids.map(id => app.graph.getLink(id)).filter(Boolean);
+            for (const { id, pos: [x, y], size: [width, height] } of app.graph._nodes) {
+              const own = links.some(l => l.origin_id == id || l.target_id == id);
+              if (!segment.path || own) continue;
+              for (let i = x + edge; i < x + width - edge; i += 10)
+                for (let j = y; j < y + height - edge; j += 10)
+                  if (ctx.isPointInStroke(segment.path, i, j)) found.push(`${ids} behind ${id}`);
+            }
+          }
+          return [...new Set(found)];
+        }"""
+    )
+
+
 def preview(page) -> None:
     """What the server sends in the middle of a run: a picture and a line of text."""
     page.evaluate(
@@ -99,6 +122,8 @@ def test_a_template_is_readable_before_in_and_after_a_run(shown, style, title):
         )
         assert right - left <= MAX_WIDTH * 1.01
         assert not overlaps(found)
+        if style == "classic":  # it is one graph, and this takes seconds
+            assert not links_behind_nodes(page)
         assert not page.get_by_text("Media input missing").count()
         errors = page.evaluate("() => app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
         assert not errors
