@@ -288,11 +288,11 @@ class PlannedRun(Run):
 
     def _budget(self, x: torch.Tensor) -> float:
         """Bytes that an evaluation of x (B, 3, H, W) may take on its device."""
-        if self.patcher is None or x.device.type == "cpu":
-            return comfy.model_management.get_free_memory(x.device)
-        free = self.patcher.get_free_memory(x.device)
-        if self.patcher.is_dynamic():  # weights that may go are counted as free, ours among them
-            free -= self.patcher.model_size()
+        free = (self.patcher or comfy.model_management).get_free_memory(x.device)
+        if x.device.type == "cpu":
+            return free
+        if self.patcher is not None and self.patcher.is_dynamic():
+            free -= self.patcher.model_size()  # weights that may go count as free, ours among them
         return _GPU_SHARE * free - _PICTURES_TO_COME * x.numel() * 4
 
     def check(self, net: InfDiT, x: torch.Tensor, schedule: Schedule) -> None:

@@ -8,7 +8,7 @@ import torch
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.host_buffer import HostBuffer
 from infdit_core.blocks.host_store import HostStore
-from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.blocks.schedules import BlockMajor, LayerMajor
 from infdit_core.edm import edm_sigmas
 from infdit_core.network.run import Run
 from infdit_core.sampling import sample
@@ -48,10 +48,14 @@ def test_what_waits_on_the_host_gives_the_same_bits(grid, dtype):
     model, run = golden_model("xs", dtype), Run()
     x, cond = random_condition(model, *grid, batch=2)
     sigma = torch.tensor([0.3, 5.0])
-    expected = model.denoise(x, sigma, cond, Full())
-    for schedule in (BlockMajor(1, True), BlockMajor(2, True, False), LayerMajor(2, True)):
+    for there, here in (
+        (BlockMajor(1, frontier_on_host=True), BlockMajor(1)),
+        (BlockMajor(2, frontier_on_host=True, keep_lr=False), BlockMajor(2, keep_lr=False)),
+        (LayerMajor(2, tokens_on_host=True), LayerMajor(2)),
+    ):
+        expected = model.denoise(x, sigma, cond, here)
         for _ in range(2):  # the second evaluation in the memory of the first
-            assert torch.equal(model.denoise(x, sigma, cond, schedule, run=run), expected)
+            assert torch.equal(model.denoise(x, sigma, cond, there, run=run), expected)
 
 
 @pytest.fixture
