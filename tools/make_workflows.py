@@ -318,7 +318,9 @@ def layout(
     def add_buses(found: list, y: float) -> None:
         for lane, (source, targets) in enumerate(found):
             level, shift = y + lane * LANE, 5 * lane
-            points = [(at[source[0]][1] * (WIDTH + GAP) + WIDTH + 8 + shift, level)]
+            points: list[tuple[float, float]] = [
+                (at[source[0]][1] * (WIDTH + GAP) + WIDTH + 8 + shift, level)
+            ]
             targets = sorted(targets, key=lambda target: at[target[0]][1])
             columns = [at[key][1] * (WIDTH + GAP) for key, _ in targets]
             if columns[0] < points[0][0]:  # back to the left
