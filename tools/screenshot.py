@@ -1,7 +1,7 @@
-"""Pictures of the real interface: python -m tools.screenshot [nodes] [interface] [templates]
+"""Pictures of the real interface: python -m tools.screenshot [nodes] [interface]
 
 nodes: web/docs/NODE.png for the help pages. interface: docs/interface.png, the first template in
-the middle of its run. templates: docs/templates.png, the template browser. All without arguments.
+the middle of its run. Both without arguments.
 tools/thumbnails.py makes the thumbnails and the README's before and after. Fails on a console error
 of ours. Set INFDIT_COMFYUI to a ComfyUI's source folder.
 """
@@ -29,8 +29,8 @@ _RUN_MS = 600_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", choices=["nodes", "interface", "templates", []])
-    wanted = parser.parse_args().what or ["nodes", "interface", "templates"]
+    parser.add_argument("what", nargs="*", choices=["nodes", "interface", []])
+    wanted = parser.parse_args().what or ["nodes", "interface"]
     errors: list[str] = []
     with interface() as shown:
         page = shown.page
@@ -41,8 +41,6 @@ def main() -> None:
                 node(page, folder.name)
         if "interface" in wanted:
             mid_run(page, EXAMPLES / f"{START}.json", DOCS / "interface.png")
-        if "templates" in wanted:
-            templates(page)
     ours = [error for error in errors if "infdit" in error.lower() or "inf-dit" in error.lower()]
     if ours:
         raise SystemExit("\n".join(ours))
@@ -107,15 +105,6 @@ def mid_run(page: Any, path: Path, target: Path) -> None:
     if page.evaluate("() => window.ended"):
         raise SystemExit(f"{target}: the run was over before the picture was taken; try again")
     page.evaluate("() => app.api.interrupt()")
-
-
-def templates(page: Any) -> None:
-    """The template browser at our workflows."""
-    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.wait_for_timeout(4000)
-    page.get_by_text("comfyui-infdit").first.click()
-    page.wait_for_timeout(3000)
-    page.screenshot(path=DOCS / "templates.png")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ _EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
 _CLIP_FOLDERS = ("clip_vision", "text_encoders", _FOLDER)
 _DTYPES = {"default": None, **DTYPES}
 _FP8 = "fp8 layers"
+_NO_CLIP = "no CLIP file found"
+"""Shown where there is none: an empty list would read "undefined"."""
 
 folder_paths.add_model_folder_path(
     _FOLDER, os.path.join(folder_paths.models_dir, _FOLDER), is_default=True
@@ -128,7 +130,7 @@ class InfDiTCLIPLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=_clip_names(),
+                    options=_clip_names() or [_NO_CLIP],
                     tooltip="A whole open_clip ViT-L-14 file with the datacomp_xl_s13b_b90k"
                     " weights, from models/clip_vision, models/text_encoders or models/infdit."
                     " Files without a CLIP under open_clip's names are not in the list. Other CLIP"
