@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import comfy.conds
 import comfy.latent_formats
@@ -20,12 +18,10 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch._dynamo.exc import TorchDynamoException
 
 from ...infdit_core import edm
-from ...infdit_core.blocks.host_buffer import HostBuffer, Unpin
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
 from ...infdit_core.memory.host import waiting_bytes
-from ...infdit_core.memory.planner import Workload, check_host, plans, small_plan
+from ...infdit_core.memory.planner import plans, small_plan
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.config import InfDiTConfig
@@ -37,6 +33,7 @@ from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import named_errors, require
 from .casting import CastingInfDiT
 from .patches import check_patches
+from .runs import GPU_SHARE, ConditionState, Runs, ran_out_of_memory, workload
 
 CLIP_ATTACHMENT = "infdit_clip"
 """Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
@@ -52,18 +49,13 @@ COMPILE = "infdit_compile"
 """Key in `transformer_options`: whether the parts of the layers are compiled; absent: no."""
 
 _GUARD = "run"
-"""Key of the model's conditions under which `InfDiTModel` has its `PlannedRun`."""
+"""Key of the model's conditions under which `InfDiTModel` has a `ConditionState`."""
 _KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
 """Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
 _WRAP = _KEY + "wrap"
 """Key in CONDITIONING: the `Wrap` of a canvas, which fills the margins; None for none."""
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
-_GPU_SHARE = 0.9
-"""Of what is free on a GPU that a run may take: where the driver may use RAM in place of what is
-missing, taking all would be slow and not fail."""
-_PICTURES_TO_COME = 4
-"""Of the solver, float32, that may not be there yet at the first evaluation."""
 _SAME_SIGMA = 1e-3
 """Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
 
@@ -232,7 +224,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
         management, patcher = comfy.model_management, self.current_patcher
         device = management.get_torch_device() if patcher is None else patcher.load_device
         net, dtype = self.diffusion_model.net, self.get_dtype_inference()
-        work = replace(_workload(net, input_shape, dtype, device), pictures=True)
+        work = replace(workload(net, input_shape, dtype, device), pictures=True)
         if work.device == "cpu":
             small = small_plan(work, management.get_free_memory(device))
             if small is not None:
@@ -244,113 +236,11 @@ class InfDiTModel(comfy.model_base.BaseModel):
         wanted = min(fast, key=lambda p: p.peak_bytes)
         if work.device != "cpu":
             weights = management.module_size(self) if patcher is None else patcher.model_size()
-            room = _GPU_SHARE * management.get_total_memory(device)
+            room = GPU_SHARE * management.get_total_memory(device)
             room -= 1.1 * weights + management.extra_reserved_memory()  # as core reckons
             if wanted.peak_bytes > room:
                 wanted = next((p for p in found if p.peak_bytes <= room), leanest)
         return wanted.peak_bytes
-
-
-def _workload(net: InfDiT, shape, dtype, device) -> Workload:
-    """An evaluation of x (B, 3, H, W); weights and pictures are ComfyUI's to count."""
-    batch, _, height, width = shape
-    kind = torch.device(device).type
-    return Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=False)
-
-
-class PlannedRun(Run):
-    """A sampling run that is planned at its first evaluation."""
-
-    adaptive: Adaptive | None = None
-    patcher: comfy.model_patcher.ModelPatcher | None = None
-    """Of the model; None where ComfyUI has not loaded it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.host = HostBuffer(_pin)
-
-    def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
-        """The fastest schedule for x (B, 3, H, W) that fits."""
-        if self.adaptive is None:
-            work = _workload(net, x.shape, x.dtype, x.device)
-            work = replace(work, residual=self.cache is not None)
-            free = memory_bytes or self._budget(x)
-            self.adaptive = Adaptive(
-                lambda: plans(work),
-                free,
-                comfy.model_management.soft_empty_cache,
-                _is_out_of_memory,
-                small_plan(work, free),
-                waiting_bytes(),
-            )
-            logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, self.adaptive.plan)
-        return self.adaptive
-
-    def _budget(self, x: torch.Tensor) -> float:
-        """Bytes that an evaluation of x (B, 3, H, W) may take on its device."""
-        free = (self.patcher or comfy.model_management).get_free_memory(x.device)
-        if x.device.type == "cpu":
-            return free
-        if self.patcher is not None and self.patcher.is_dynamic():
-            free -= self.patcher.model_size()  # weights that may go count as free, ours among them
-        return _GPU_SHARE * free - _PICTURES_TO_COME * x.numel() * 4
-
-    def check(self, net: InfDiT, x: torch.Tensor, schedule: Schedule) -> None:
-        """Refuse a schedule that the user chose, at first, where the RAM is too small for it."""
-        if schedule is not self._checked:
-            check_host(_workload(net, x.shape, x.dtype, x.device), schedule)
-            self._checked = schedule
-
-    _checked: Schedule | None = None
-
-
-def _pin(memory: torch.Tensor, device: torch.device) -> Unpin | None:
-    """Pin memory by ComfyUI, which keeps count of it and knows --disable-pinned-memory."""
-    if not comfy.model_management.pin_memory(memory):
-        return None
-    return partial(comfy.model_management.unpin_memory, memory)
-
-
-class Runs:
-    """The sampling run of each device, with the plan and the LR picture's keys and values.
-
-    Args:
-        noise: the object that a sampling has of its own.
-        lr: the LR picture.
-        hooks: ComfyUI's hooks on the condition, or None.
-    """
-
-    def __init__(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> None:
-        self._noise, self._lr = weakref.ref(noise), lr
-        self._hooked = hooks is not None
-        self._by_device: dict[torch.device, PlannedRun] = {}
-        self.patcher: comfy.model_patcher.ModelPatcher | None = None
-        """Of the model; None where ComfyUI has not loaded it."""
-
-    def are_of(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> bool:
-        if self._noise() is not noise or self._hooked or hooks is not None:
-            return False
-        return self._lr.shape == lr.shape and torch.equal(self._lr, lr)
-
-    def on(self, device: torch.device) -> PlannedRun:
-        run = self._by_device.setdefault(device, PlannedRun())
-        run.patcher = self.patcher
-        if self._hooked:  # they change weights, and by step
-            run.lr_kv = None
-        return run
-
-
-@dataclass(eq=False)
-class ConditionState:
-    """What a condition has of its own in a sampling, and what it shares with others."""
-
-    runs: Runs
-    cache: ResidualCache | None = None
-    compiler: str | Callable | None = None
-    """The backend that core's node TorchCompileModel asks for; None for no such node."""
-    wrap: Wrap | None = None
-    base: torch.Tensor | None = None
-    """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
 
 
 class DiffusionModel(torch.nn.Module):
@@ -401,7 +291,7 @@ class DiffusionModel(torch.nn.Module):
             try:
                 return wrap(self._evaluate(x, sigma, cond, schedule, run, state.base))
             except TorchDynamoException as error:
-                if _is_out_of_memory(error):
+                if ran_out_of_memory(error):
                     raise
                 what = " ".join(
                     str(error).split("\n\n")[0].split()
@@ -446,11 +336,6 @@ def with_prior(model, canvas: Canvas) -> Canvas:
     comfy.model_management.load_models_gpu([model])
     dtype = model.model.get_dtype_inference()
     return computed_with_prior(canvas, model.model.infdit, model.load_device, dtype)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # core's comes first: it clears an error that CUDA reports late
-    return comfy.model_management.is_oom(error) or is_out_of_memory(error)
 
 
 def _interruptible(report):

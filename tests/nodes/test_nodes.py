@@ -214,7 +214,7 @@ def test_a_run_takes_what_the_patcher_gives_without_its_weights_and_a_reserve(co
     patcher = SimpleNamespace(
         get_free_memory=lambda device: 8e9, is_dynamic=lambda: dynamic, model_size=lambda: 1.5e9
     )
-    run = comfy.module("nodes.infdit.comfy_model").PlannedRun()
+    run = comfy.module("nodes.infdit.runs").PlannedRun()
     run.patcher = patcher
     x = torch.empty(1, 3, 1024, 1024, device="meta")
     expected = 0.9 * (8e9 - 1.5e9 * dynamic) - 4 * 3 * 1024**2 * 4
@@ -223,7 +223,7 @@ def test_a_run_takes_what_the_patcher_gives_without_its_weights_and_a_reserve(co
 
 def test_memory_is_pinned_by_comfyui_as_it_was_told(comfy, monkeypatch):
     management = importlib.import_module("comfy.model_management")
-    run = comfy.module("nodes.infdit.comfy_model").PlannedRun()
+    run = comfy.module("nodes.infdit.runs").PlannedRun()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(management, "MAX_PINNED_MEMORY", -1)  # --disable-pinned-memory
     run.host.take(100, torch.device("cuda", 0))

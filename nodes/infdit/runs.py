@@ -1,0 +1,137 @@
+"""What one sampling keeps between its evaluations: plan, memory of the host, LR keys and values."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ...infdit_core.blocks.host_buffer import HostBuffer, Unpin
+from ...infdit_core.blocks.schedules import Schedule
+from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
+from ...infdit_core.memory.host import waiting_bytes
+from ...infdit_core.memory.planner import Workload, check_host, plans, small_plan
+from ...infdit_core.network.model import InfDiT
+from ...infdit_core.network.residual_cache import ResidualCache
+from ...infdit_core.network.run import Run
+from ...infdit_core.pictures.prepare import Wrap
+
+GPU_SHARE = 0.9
+"""Of what is free on a GPU that a run may take: where the driver may use RAM in place of what is
+missing, taking all would be slow and not fail."""
+_PICTURES_TO_COME = 4
+"""Of the solver, float32, that may not be there yet at the first evaluation."""
+
+
+def workload(net: InfDiT, shape, dtype, device) -> Workload:
+    """An evaluation of x (B, 3, H, W); weights and pictures are ComfyUI's to count."""
+    batch, _, height, width = shape
+    kind = torch.device(device).type
+    return Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=False)
+
+
+class PlannedRun(Run):
+    """A sampling run that is planned at its first evaluation."""
+
+    adaptive: Adaptive | None = None
+    patcher: comfy.model_patcher.ModelPatcher | None = None
+    """Of the model; None where ComfyUI has not loaded it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = HostBuffer(_pin)
+
+    def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
+        """The fastest schedule for x (B, 3, H, W) that fits."""
+        if self.adaptive is None:
+            work = workload(net, x.shape, x.dtype, x.device)
+            work = replace(work, residual=self.cache is not None)
+            free = memory_bytes or self._budget(x)
+            self.adaptive = Adaptive(
+                lambda: plans(work),
+                free,
+                comfy.model_management.soft_empty_cache,
+                ran_out_of_memory,
+                small_plan(work, free),
+                waiting_bytes(),
+            )
+            logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, self.adaptive.plan)
+        return self.adaptive
+
+    def _budget(self, x: torch.Tensor) -> float:
+        """Bytes that an evaluation of x (B, 3, H, W) may take on its device."""
+        free = (self.patcher or comfy.model_management).get_free_memory(x.device)
+        if x.device.type == "cpu":
+            return free
+        if self.patcher is not None and self.patcher.is_dynamic():
+            free -= self.patcher.model_size()  # weights that may go count as free, ours among them
+        return GPU_SHARE * free - _PICTURES_TO_COME * x.numel() * 4
+
+    def check(self, net: InfDiT, x: torch.Tensor, schedule: Schedule) -> None:
+        """Refuse a schedule that the user chose, at first, where the RAM is too small for it."""
+        if schedule is not self._checked:
+            check_host(workload(net, x.shape, x.dtype, x.device), schedule)
+            self._checked = schedule
+
+    _checked: Schedule | None = None
+
+
+def _pin(memory: torch.Tensor, device: torch.device) -> Unpin | None:
+    """Pin memory by ComfyUI, which keeps count of it and knows --disable-pinned-memory."""
+    if not comfy.model_management.pin_memory(memory):
+        return None
+    return partial(comfy.model_management.unpin_memory, memory)
+
+
+class Runs:
+    """The sampling run of each device, with the plan and the LR picture's keys and values.
+
+    Args:
+        noise: the object that a sampling has of its own.
+        lr: the LR picture.
+        hooks: ComfyUI's hooks on the condition, or None.
+    """
+
+    def __init__(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> None:
+        self._noise, self._lr = weakref.ref(noise), lr
+        self._hooked = hooks is not None
+        self._by_device: dict[torch.device, PlannedRun] = {}
+        self.patcher: comfy.model_patcher.ModelPatcher | None = None
+        """Of the model; None where ComfyUI has not loaded it."""
+
+    def are_of(self, noise: torch.Tensor, lr: torch.Tensor, hooks: object) -> bool:
+        if self._noise() is not noise or self._hooked or hooks is not None:
+            return False
+        return self._lr.shape == lr.shape and torch.equal(self._lr, lr)
+
+    def on(self, device: torch.device) -> PlannedRun:
+        if (run := self._by_device.get(device)) is None:
+            run = self._by_device[device] = PlannedRun()
+        run.patcher = self.patcher
+        if self._hooked:  # they change weights, and by step
+            run.lr_kv = None
+        return run
+
+
+@dataclass(eq=False)
+class ConditionState:
+    """What a condition has of its own in a sampling, and what it shares with others."""
+
+    runs: Runs
+    cache: ResidualCache | None = None
+    compiler: str | Callable | None = None
+    """The backend that core's node TorchCompileModel asks for; None for no such node."""
+    wrap: Wrap | None = None
+    base: torch.Tensor | None = None
+    """(B, 3, H, W) the prior's picture in full precision; None for a model without a prior."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    # core's comes first: it clears an error that CUDA reports late
+    return comfy.model_management.is_oom(error) or is_out_of_memory(error)
