@@ -78,14 +78,16 @@ class _Axis:
             taps = taps % period
             taps = torch.where(taps < self.source, taps, period - taps)
         weights = (weights / weights.sum(1, keepdim=True)).to(x.dtype)
+        used = weights.any(0)
+        used[0] = True
+        weights, taps = weights[:, used].to(x.device), taps[:, used].to(x.device)
         shape = [1] * x.ndim
         shape[dim] = count
         parts = zip(weights.unbind(1), taps.unbind(1), strict=True)
         weight, tap = next(parts)
         result = weight.reshape(shape) * x.index_select(dim, tap)
         for weight, tap in parts:
-            if weight.any():
-                result += weight.reshape(shape) * x.index_select(dim, tap)
+            result += weight.reshape(shape) * x.index_select(dim, tap)
         return result
 
 
