@@ -194,9 +194,10 @@ def test_on_a_gpu_all_of_them_give_what_the_plain_ones_give(monkeypatch):
     model = random_model(replace(TINY, hidden_size=160), std=0.1).cuda()
     x, cond = random_condition(model, 3, 4)
     x, cond = x.cuda(), replace(cond, concat=cond.concat.cuda(), lr=cond.lr.cuda(), vector=None)
-    fused = {way: model.denoise(x, 1.0, cond, LayerMajor(3)) for way in ["all"]}
+    results = {"all": model.denoise(x, 1.0, cond, LayerMajor(3))}
     for way in fast.DEVICES:
         monkeypatch.setitem(fast.DEVICES, way, set())
-        fused[way] = model.denoise(x, 1.0, cond, LayerMajor(3))
-    for way, result in fused.items():
-        torch.testing.assert_close(result, fused["backends"], atol=1e-5, rtol=0, msg=way)
+        results[f"without {way} and those before"] = model.denoise(x, 1.0, cond, LayerMajor(3))
+    *fused, plain = results
+    for name in fused:
+        torch.testing.assert_close(results[name], results[plain], atol=1e-5, rtol=0, msg=name)
