@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import comfy.conds
@@ -15,7 +17,6 @@ import comfy.model_sampling
 import comfy.supported_models_base
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
-from torch._dynamo.exc import TorchDynamoException
 
 from ...infdit_core import edm
 from ...infdit_core.blocks.schedules import Schedule
@@ -288,19 +289,8 @@ class DiffusionModel(torch.nn.Module):
         x = wrap(x)
 
         def evaluate(schedule: Schedule) -> torch.Tensor:
-            try:
+            with _compile_errors_named():
                 return wrap(self._evaluate(x, sigma, cond, schedule, run, state.base))
-            except TorchDynamoException as error:
-                if ran_out_of_memory(error):
-                    raise
-                what = " ".join(
-                    str(error).split("\n\n")[0].split()
-                )  # advice for developers follows
-                raise InfDiTError(
-                    "Inf-DiT: expected a PyTorch that can compile on this device; got"
-                    f" {type(error).__name__}: {what}. Switch compile off in Inf-DiT Schedule, or"
-                    " remove TorchCompileModel."
-                ) from error
 
         if (schedule := options.get(SCHEDULE)) is not None:
             run.check(self.net, x, schedule)
@@ -336,6 +326,25 @@ def with_prior(model, canvas: Canvas) -> Canvas:
     comfy.model_management.load_models_gpu([model])
     dtype = model.model.get_dtype_inference()
     return computed_with_prior(canvas, model.model.infdit, model.load_device, dtype)
+
+
+@contextmanager
+def _compile_errors_named() -> Iterator[None]:
+    """Say of an error of the compiler what can be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        dynamo = sys.modules.get("torch._dynamo.exc")  # there where anything was compiled
+        if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+            raise
+        if ran_out_of_memory(error):
+            raise
+        what = " ".join(str(error).split("\n\n")[0].split())  # advice for developers follows
+        raise InfDiTError(
+            "Inf-DiT: expected a PyTorch that can compile on this device; got"
+            f" {type(error).__name__}: {what}. Switch compile off in Inf-DiT Schedule, or"
+            " remove TorchCompileModel."
+        ) from error
 
 
 def _interruptible(report):

@@ -43,6 +43,7 @@ sys.path.insert(0, comfy_source)
 arguments = importlib.import_module("comfy.cli_args").args
 arguments.cpu, arguments.base_directory = True, base
 import nodes, server, comfy.sample, comfy_api.latest
+import comfy_api.torch_helpers.torch_compile  # as one of its own nodes does
 print(json.dumps([new_modules(lambda: load_pack(f"pack_{i}")) for i in range(3)]))
 """
 )

@@ -23,6 +23,7 @@ STANDARD = {
 """Of Python's library: nothing that connects, starts a process, loads a pickle or other code."""
 PACKAGES = {
     "PIL", "einops", "numpy", "open_clip", "psutil", "safetensors", "torch", "torchvision", "tqdm",
+    "triton",
 }  # fmt: skip
 COMFYUI = {"comfy", "comfy_api", "folder_paths", "server"}
 
@@ -74,8 +75,12 @@ def test_the_archive_holds_the_pack_alone(archive):
     assert not folders & unwanted
     assert {"infdit_core", "nodes", "web", "locales", "example_workflows", "models"} <= folders
     suffixes = {Path(name).suffix for name in archive}
-    programs = {".so", ".dll", ".exe", ".sh", ".bat", ".js", ".pyc", ".whl", ".pt", ".pkl", ".bin"}
+    programs = {".so", ".dll", ".exe", ".sh", ".bat", ".pyc", ".whl", ".pt", ".pkl", ".bin"}
     assert not suffixes & programs
+    scripts = {name for name in archive if Path(name).suffix == ".js"}
+    assert scripts == {"web/choices.js", "web/last_text.js"}
+    for name in scripts:  # of the interface and nothing else
+        assert "://" not in (ROOT / name).read_text(encoding="utf-8")
     size = sum((ROOT / name).stat().st_size for name in archive)
     assert size < 30e6, f"{size / 1e6:.1f} MB"
     assert not [name for name in archive if (ROOT / name).is_symlink()]
