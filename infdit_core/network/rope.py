@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..blocks.grid import Chunk
 
+_COMPLEX = {"cpu", "cuda", "xpu", "meta"}
+"""Types of devices with complex numbers; MPS and DirectML have none, nor has the compiler."""
+
 
 class Rotary(NamedTuple):
     """Rotary factors of the patch rows and columns of blocks of `side` patches."""
@@ -50,7 +53,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2)).unflatten(3, (side, side))
     # (B, r, c, b, b, A, d/2, 2)
     half = pairs.shape[-2] // 2
-    if torch.compiler.is_compiling() or x.device.type == "mps":  # for which numbers are real
+    if torch.compiler.is_compiling() or x.device.type not in _COMPLEX:
         first, second = pairs.split(half, dim=-2)
         pairs = torch.cat([_turn(first, rows), _turn(second, columns)], dim=-2)
     else:

@@ -133,6 +133,12 @@ def test_a_plan_leaves_the_ram_what_it_needs():
         plan(RELEASED, 16384, 16384, torch.bfloat16, 8e9, host_bytes=10e9)
 
 
+@pytest.mark.parametrize(("device", "waits"), [("cpu", False), ("mps", False), ("xpu", True)])
+def test_nothing_waits_in_ram_that_is_the_devices_own(device, waits):
+    found = plans(Workload(TINY_PRIOR, 512, 256, torch.float32, 1, device))
+    assert any(p.host_bytes for p in found) == waits
+
+
 def test_the_ram_of_the_machine_counts(monkeypatch):
     monkeypatch.setattr(host, "available_bytes", lambda *, swap: 10e9 if not swap else 1e12)
     with pytest.raises(PlanError, match=r"of which 9.0 GB are free"):
