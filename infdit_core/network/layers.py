@@ -41,6 +41,20 @@ def _per_token(x: Tensor) -> Tensor:
     return x[:, None, None, None]
 
 
+class _Vectors(nn.Embedding):
+    """Learned vectors that come from a file, or from the trainer.
+
+    Not drawn here: on the meta device that would import the compiler, for more than a second.
+    """
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def _vectors(count: int, size: int, factory: dict, ops: Any) -> nn.Embedding:
+    return (_Vectors if ops is nn else ops.Embedding)(count, size, **factory)
+
+
 def cast_like(embedding: nn.Embedding, x: Tensor) -> Tensor:
     """All rows of an embedding (n, hidden) by heads, where `x` (..., d) lies and in its dtype.
 
@@ -82,7 +96,7 @@ class BlockAttention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = ops.Linear(h, 3 * h, **factory)
         self.qk_norm = ops.LayerNorm(d, eps=EPS, **factory)  # for queries and keys alike
-        self.segment_embed = ops.Embedding(4, h, **factory)
+        self.segment_embed = _vectors(4, h, factory, ops)
         self.dense = ops.Linear(h, h, **factory)
 
     def forward(
@@ -136,8 +150,8 @@ class LRCrossAttention(nn.Module):
         self.key_value = ops.Linear(h, 2 * h, **factory)
         self.query_norm = ops.LayerNorm(d, eps=EPS, **factory)
         self.key_norm = ops.LayerNorm(d, eps=EPS, **factory)
-        self.query_position = ops.Embedding(config.block_tokens, h, **factory)
-        self.key_position = ops.Embedding(config.lr_window**2, h, **factory)
+        self.query_position = _vectors(config.block_tokens, h, factory, ops)
+        self.key_position = _vectors(config.lr_window**2, h, factory, ops)
         self.dense = ops.Linear(h, h, **factory)
         self.output_norm = ops.LayerNorm(h, eps=EPS, **factory)  # of the MLP that follows
 

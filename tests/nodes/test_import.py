@@ -68,6 +68,13 @@ def test_the_engine_imports_nothing_heavy():
     assert packages(modules) - {"infdit_core"} <= ENGINE_NEEDS
 
 
+def test_a_model_is_loaded_without_the_compiler():
+    """Which torch imports, for more than a second, where numbers are drawn on the meta device."""
+    path = str(ROOT / "models" / "infdit_small.safetensors")
+    load = f"from infdit_core import load_model; load_model({path!r})"
+    assert not run(f"import json, sys; {load}; print(json.dumps('torch._dynamo' in sys.modules))")
+
+
 @pytest.mark.comfy
 def test_the_pack_imports_only_itself_and_quickly(comfy_source: Path, tmp_path: Path):
     loads = run(LOAD_PACK, str(comfy_source), str(tmp_path))
