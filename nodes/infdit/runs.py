@@ -16,7 +16,7 @@ from ...infdit_core.blocks.host_buffer import HostBuffer, Unpin
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
 from ...infdit_core.memory.host import waiting_bytes
-from ...infdit_core.memory.planner import Workload, check_host, plans, small_plan
+from ...infdit_core.memory.planner import Plan, Workload, check_host, plans, small_plan
 from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
@@ -54,7 +54,7 @@ class PlannedRun(Run):
             work = replace(work, residual=self.cache is not None)
             free = memory_bytes or self._budget(x)
             self.adaptive = Adaptive(
-                lambda: plans(work),
+                lambda: self._plans(work),
                 free,
                 comfy.model_management.soft_empty_cache,
                 ran_out_of_memory,
@@ -63,6 +63,18 @@ class PlannedRun(Run):
             )
             logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, self.adaptive.plan)
         return self.adaptive
+
+    def _plans(self, work: Workload) -> list[Plan]:
+        """The fastest first; those by layers first where the weights come when they are used.
+
+        A layer's weights come once for all chunks that it computes in turn, and by blocks that is
+        one: at 8192² they would come a hundred times in an evaluation.
+        """
+        found = list(plans(work))
+        if self.patcher is not None and self.patcher.loaded_size() < self.patcher.model_size():
+            layers = work.config.num_layers
+            found.sort(key=lambda p: p.schedule.residency(work.grid, layers).turn > 0)
+        return found
 
     def _budget(self, x: torch.Tensor) -> float:
         """Bytes that an evaluation of x (B, 3, H, W) may take on its device."""

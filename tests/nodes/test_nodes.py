@@ -222,6 +222,17 @@ def test_a_run_takes_what_the_patcher_gives_without_its_weights_and_a_reserve(co
     assert run._budget(x) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("loaded", "by_layers"), [(1.5e9, False), (1.4e9, True)])
+def test_weights_that_come_at_use_come_for_few_chunks(comfy, loaded, by_layers):
+    planner = comfy.module("infdit_core.memory.planner")
+    config = comfy.module("infdit_core.network.config").RELEASED
+    work = planner.Workload(config, 8192, 8192, torch.bfloat16, weights=False, pictures=False)
+    run = comfy.module("nodes.infdit.runs").PlannedRun()
+    run.patcher = SimpleNamespace(loaded_size=lambda: loaded, model_size=lambda: 1.5e9)
+    turns = [p.schedule.residency(work.grid, config.num_layers).turn for p in run._plans(work)]
+    assert (turns == sorted(turns, key=bool)) == by_layers
+
+
 def test_memory_is_pinned_by_comfyui_as_it_was_told(comfy, monkeypatch):
     management = importlib.import_module("comfy.model_management")
     run = comfy.module("nodes.infdit.runs").PlannedRun()
