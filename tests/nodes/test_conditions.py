@@ -42,7 +42,7 @@ def generator(seed: int) -> torch.Generator:
 def test_two_conditions_share_the_plan_and_the_keys_of_the_lr_picture(
     comfy, guided, monkeypatch, reuse_layers
 ):
-    models, planned, made = comfy.module("nodes.infdit.comfy_model"), [], []
+    models, planned, made = comfy.module("nodes.infdit.runs"), [], []
     network, adaptive = comfy.module("infdit_core.network.model").InfDiT, models.Adaptive
     lr_keys_values = network.lr_keys_values
 
