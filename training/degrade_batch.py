@@ -191,8 +191,8 @@ def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tenso
     colours = torch.tensor(
         [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
     )
-    tables = torch.tensor(_LUMA, dtype=torch.float32), chroma
-    return tuple(t.to(device) for t in (dct, *tables, colours))  # type: ignore[return-value]
+    luma = torch.tensor(_LUMA, dtype=torch.float32)
+    return dct.to(device), luma.to(device), chroma.to(device), colours.to(device)
 
 
 def jpeg(x: Tensor, quality: Tensor) -> Tensor:

@@ -115,13 +115,13 @@ class InfDiTModelConfig(comfy.supported_models_base.BASE):
     """What ComfyUI's loaders ask of a model family."""
 
     unet_extra_config = {}  # noqa: RUF012 - a class attribute of the base class
-    sampling_settings = {  # noqa: RUF012
+    sampling_settings = {  # noqa: RUF012 - the same
         "sigma_min": edm.SIGMA_MIN,
         "sigma_max": edm.SIGMA_MAX,
         "sigma_data": edm.SIGMA_DATA,
     }
     latent_format = comfy.latent_formats.ChromaRadiance
-    supported_inference_dtypes = [  # noqa: RUF012
+    supported_inference_dtypes = [  # noqa: RUF012 - the same
         torch.bfloat16,
         torch.float16,
         torch.float32,

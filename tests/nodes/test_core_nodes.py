@@ -84,7 +84,9 @@ def test_a_failure_to_compile_is_named(comfy, load, upscale, monkeypatch):
     def fail(graph, inputs):
         raise OSError("no compiler")
 
-    failing = lambda self, backend: compile_layers(self, backend=fail)  # noqa: E731
+    def failing(self, backend):
+        compile_layers(self, backend=fail)
+
     monkeypatch.setattr(network, "compile_layers", failing)
     execute = comfy.nodes["InfDiTSchedule"].execute
     switched = execute(load("tiny")[0], "auto", 1, False, 0.0, compile=True).args[0]

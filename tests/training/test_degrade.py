@@ -78,7 +78,7 @@ def test_of_a_mixed_batch_the_second_half_is_degraded():
             return torch.zeros(size, 3, 32, 32)
 
     def reduced(degradation: str) -> torch.Tensor:
-        run = Trainer(replace(settings, degradation=degradation), Grey(), torch.device("cpu"))  # type: ignore[arg-type]
+        run = Trainer(replace(settings, degradation=degradation), Grey(), torch.device("cpu"))  # type: ignore[arg-type] - Grey for Photos
         assert run.train_step()[1].isfinite().all()
         return reduce_as(degradation, torch.zeros(5, 3, 32, 32), run.numpy).std(dim=(1, 2, 3))
 
