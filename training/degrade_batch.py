@@ -201,7 +201,7 @@ def jpeg(x: Tensor, quality: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     levels = (x.clamp(0, 1) * 255).round()
     levels = F.pad(levels, (0, -width % 16, 0, -height % 16), mode="replicate")
-    y, cb, cr = torch.einsum("kc,bchw->kbhw", colours, levels)
+    y, cb, cr = torch.einsum("kc,bchw->kbhw", colours, levels).round()
     scales = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None, None]
 
     def coded(plane: Tensor, table: Tensor, scale: Tensor) -> Tensor:
@@ -211,10 +211,10 @@ def jpeg(x: Tensor, quality: Tensor) -> Tensor:
         squares = plane.view(b, h // 8, 8, w // 8, 8).transpose(2, 3)  # (B, rows, columns, 8, 8)
         coefficients = dct @ squares @ dct.T
         squares = dct.T @ ((coefficients / steps).round() * steps) @ dct
-        return squares.transpose(2, 3).reshape(b, h, w)
+        return squares.transpose(2, 3).reshape(b, h, w).round().clamp(-128, 127)
 
     luminance = coded(y - 128, luma, scales) + 128
-    half = F.avg_pool2d(torch.cat([cb, cr])[:, None], 2)[:, 0]
+    half = F.avg_pool2d(torch.cat([cb, cr])[:, None], 2)[:, 0].round()
     half = coded(half, chroma, torch.cat([scales, scales]))
     cb, cr = F.interpolate(half[:, None], scale_factor=2, mode="bilinear")[:, 0].chunk(2)
     rgb = (
