@@ -32,7 +32,7 @@ def test_tiles_are_read_as_written_and_cropped_inside(tmp_path):
 
 @pytest.mark.parametrize("quality", [30, 80])
 def test_jpeg_is_that_of_pillow(quality):
-    """In the mean of a batch: a coefficient half-way between two steps may be rounded either way."""
+    """In the mean of a batch: a coefficient between two steps may be rounded either way."""
     smooth = torch.nn.functional.interpolate(torch.rand(16, 3, 6, 6), (48, 48), mode="bicubic")
     levels = (smooth.clamp(0, 1) * 255).round()
     expected = []
