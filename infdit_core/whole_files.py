@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 @contextmanager
 def whole_file(path: str | Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """A binary file to write to; it takes the name `path` when the block ends without an error.
+    """A binary file to write and read; it is named `path` when the block ends without an error.
 
     Until then it lies beside `path` under another name. What killed processes left of earlier
     writes to `path` is removed.
@@ -30,7 +30,7 @@ def whole_file(path: str | Path, *, overwrite: bool = True) -> Iterator[BinaryIO
         leftover.unlink(missing_ok=True)
     temporary = path.with_name(f"{prefix}{os.urandom(4).hex()}.part")
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # the name must not be on the disk before the content

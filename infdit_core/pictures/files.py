@@ -1,14 +1,15 @@
-"""Picture files in and out, for the command line.
+"""Picture files in and out, for the command line and the folder node.
 
-Pillow does the formats, but for PNG with 16 bits per channel (`png16`) and for writing TIFF
-(`tiff`). TIFF with 16 bits per channel is read in full where it is grey.
+A reader for each format gives pixels as they lie in the file (`decoded`); here they are turned
+upright, and their colours and what else the file says become what is written with the result.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,34 +19,39 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InfDiTError
-from ..memory.host import require_bytes
 from ..memory.planner import PlanError
 from ..whole_files import whole_file
-from . import png16, tiff
-from .metadata import Metadata, png_texts, read_metadata, save_options
+from . import by_pillow, colour_profile, metadata, png, tiff
+from .decoded import Colour, Decoded, ImageError
+from .metadata import Metadata
 
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {}),
-    ".webp": ("WEBP", {"lossless": True, "exact": True}),
-    ".tif": ("TIFF", {}),
-    ".tiff": ("TIFF", {}),
-    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+__all__ = ["READABLE", "ImageError", "ImageInfo", "check_writable", "fitting", "picture_size",
+           "read_image", "write_image"]  # fmt: skip
+
+_FORMATS = {
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
 }
-READABLE = frozenset([*_FORMATS, ".bmp", ".gif"])
+"""What can be written, by suffix."""
+READABLE = frozenset([*_FORMATS, *by_pillow.SUFFIXES, ".apng"])
 """Suffixes of the files that are taken from a folder."""
-_READ_BY_PILLOW = ("PNG", "WEBP", "TIFF", "JPEG", "BMP", "GIF")
-"""Whatever a file's name says. Not its other formats, of which EPS starts another program."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "WEBP": {"lossless": True, "exact": True},
+    "JPEG": {"quality": 95, "subsampling": 0},
+}
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError,
-           struct.error, zlib.error)  # fmt: skip
-"""What Pillow's readers raise for damaged files; most were seen when fuzzing."""
+           AttributeError, AssertionError, RuntimeError, NotImplementedError, struct.error,
+           zlib.error)  # fmt: skip
+"""What readers raise for damaged files; most were seen when fuzzing."""
 _MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
-_ORIENTATION_TAG = 0x0112
 
-
-class ImageError(InfDiTError):
-    """A picture file that cannot be read or written; the message says what was expected."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,38 +59,34 @@ class ImageInfo:
     """What a file says about its picture."""
 
     bit_depth: int = 8
-    """Bits per channel that the pixels were read with: 8 or 16."""
+    """Bits per channel that the pixels were read with: 8 or 16, which stands for more too."""
     icc_profile: bytes | None = None
-    """The colour profile, where it is one for RGB."""
+    """The colour profile, where it is one for RGB; sRGB if None."""
     metadata: Metadata = field(default_factory=Metadata)
+    cicp: bytes | None = None
+    """Code points of the colours, which rule over the profile: HDR has no other way to tell."""
 
 
 def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     """Read a picture, turned upright by its EXIF orientation; of an animation the first frame.
 
-    Palette pictures become RGB, transparent ones RGBA, CMYK becomes RGB. The formats are those of
-    `READABLE`, found by the file's content.
+    Palette pictures become RGB, transparent ones RGBA. Ink and grey become sRGB by their profile;
+    RGB keeps its own. The formats are those of `READABLE`, found by the file's content.
 
     Returns:
         (1, H, W, C) float32 in 0..1, C = 1 (grey), 3 or 4, and what is known about it.
 
     Raises:
         ImageError: no such file, no picture, a damaged one, one that does not fit the memory, or a
-            pixel format of more than 16 bits.
+            pixel format that has no place in 0..1.
     """
     path = Path(path)
     try:
-        with Image.open(path, formats=_READ_BY_PILLOW) as image:
-            _require_memory(image)
-            image.load()
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-            profile = image.info.get("icc_profile")
-            metadata = read_metadata(image)
-            if png16.is_png16(path):
-                pixels = png16.read(path, image.info.get("transparency"))
-            else:
-                pixels = _pixels(image)
-        values = _values(_upright(pixels, orientation))
+        decoded = _decoded(path)
+        metadata.unwrap_raw_profiles(decoded)
+        pixels = colour_profile.to_srgb(decoded.pixels, decoded.space, decoded.colour.icc_profile)
+        values = _values(_upright(pixels, metadata.orientation(decoded)))
+        profile = colour_profile.profile(decoded.colour, decoded.exif)
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; expected a picture") from None
     except (Image.DecompressionBombError, PlanError, MemoryError) as error:
@@ -92,38 +94,72 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
     except _DAMAGE as error:
         raise ImageError(f"{path.name} cannot be read as a picture: {error}") from error
-    of_rgb = profile is not None and profile[16:20] == b"RGB "
-    info = ImageInfo(8 * pixels.dtype.itemsize, profile if of_rgb else None, metadata)
-    return torch.from_numpy(values)[None], info
+    if decoded.frames > 1:
+        logger.warning("%s holds more than one picture; the first is taken", path.name)
+    bits = 8 if decoded.pixels.dtype == np.uint8 else 16
+    found = ImageInfo(bits, profile, metadata.kept(decoded, path.name), decoded.colour.cicp)
+    return torch.from_numpy(values)[None], found
 
 
 def picture_size(path: str | Path) -> tuple[int, int] | None:
-    """(height, width) of a picture as its file's head says, or None where that cannot be read."""
+    """(height, width), upright, as a file's head says, or None where that cannot be read."""
     try:
-        with Image.open(path, formats=_READ_BY_PILLOW) as image:
-            return image.height, image.width
+        decoded = _decoded(Path(path), head_only=True)
+        metadata.unwrap_raw_profiles(decoded)
+        height, width, _ = _upright(decoded.pixels, metadata.orientation(decoded)).shape
+        return height, width
     except (Image.DecompressionBombError, MemoryError, *_DAMAGE):
         return None
 
 
-def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
+def check_writable(
+    path: str | Path,
+    *,
+    alpha: bool,
+    bit_depth: int,
+    size: tuple[int, int] | None = None,
+    info: ImageInfo | None = None,
+) -> None:
     """Refuse what `write_image` could not write, before any work is done.
 
+    Args:
+        alpha: whether any pixel is not opaque.
+        size: (height, width) in pixels, where it is known.
+        info: what the picture's file says of it, where that is known.
+
     Raises:
-        ImageError: the suffix is unknown, or its format has no alpha or not as many bits.
+        ImageError: the suffix is unknown, or its format has no alpha, not as many bits, no sides
+            of this length, or no way to tell such colours.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         raise ImageError(f"{path.name}: expected a name that ends in {', '.join(_FORMATS)}")
+    kind = _FORMATS[suffix]
     if bit_depth not in (8, 16):
         raise ImageError(f"expected 8 or 16 bits per channel, got {bit_depth}")
-    if bit_depth == 16 and _FORMATS[suffix][0] not in ("PNG", "TIFF"):
+    if bit_depth == 16 and kind not in ("PNG", "TIFF"):
         raise ImageError(f"{path.name}: expected .png or .tif for 16 bits per channel")
-    if alpha and _FORMATS[suffix][0] == "JPEG":
+    if alpha and kind == "JPEG":
         raise ImageError(f"{path.name}: JPEG has no alpha; expected .png, .webp or .tif")
+    if size and max(size) > (limit := _MAX_SIDE.get(kind, 2**31 - 1)):
+        raise ImageError(
+            f"{path.name}: expected sides of at most {limit} px for {kind}, got"
+            f" {size[1]}×{size[0]}; use .png or .tif"
+        )
+    if kind != "PNG" and info and (name := colour_profile.hdr(info.cicp)):
+        raise ImageError(f"{path.name}: its colours are {name}, which only .png can tell here")
     if not path.parent.is_dir():
         raise ImageError(f"{path.parent} is not a folder; expected one to write to")
+
+
+def fitting(path: str | Path, info: ImageInfo) -> ImageInfo:
+    """What a file with this name can hold of `info`; a line in the log tells what it cannot."""
+    path = Path(path)
+    found, left = metadata.fitting(info.metadata, _FORMATS[path.suffix.lower()])
+    if left:
+        logger.warning("%s is written without %s", path.name, ", ".join(left))
+    return replace(info, metadata=found)
 
 
 def write_image(
@@ -137,73 +173,76 @@ def write_image(
     """Write a picture; the file appears whole or not at all.
 
     Args:
-        path: ends in .png, .webp, .tif, .tiff, .jpg or .jpeg.
-        image: (1, H, W, C) in 0..1, clipped and rounded; C = 3 or 4.
+        path: ends in .png, .webp, .tif, .tiff, .jpg, .jpeg, .jpe or .jfif.
+        image: (1, H, W, C) in 0..1, clipped and rounded; C = 3 or 4. An alpha that is opaque
+            everywhere is not written where the format has none.
         bit_depth: 8, or for PNG and TIFF 16 bits per channel.
-        info: of the picture it was made from: its colour profile and metadata are written.
+        info: of the picture it was made from: its colours and metadata are written, as far as the
+            format holds them (`fitting`).
         overwrite: whether a file that exists is replaced.
 
     Raises:
-        ImageError: see `check_writable`; a side too long for the format; the file exists; a full
-            disk.
+        ImageError: see `check_writable`; the file exists; a full disk.
     """
-    path = Path(path)
+    path, info = Path(path), info or ImageInfo()
     if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] not in (3, 4):
         raise ImageError(f"expected an image of shape (1, H, W, 3 or 4), got {tuple(image.shape)}")
-    check_writable(path, alpha=image.shape[-1] == 4, bit_depth=bit_depth)
-    kind, options = _FORMATS[path.suffix.lower()]
-    if max(image.shape[1:3]) > (limit := _MAX_SIDE.get(kind, 2**31)):
-        raise ImageError(f"{path.name}: expected sides of at most {limit} px for {kind}; use .png")
-    levels = 2**bit_depth - 1
-    values = (image[0].cpu().float().clip(0, 1) * levels).round().numpy()
-    kept = np.uint16 if bit_depth == 16 else np.uint8
-    info = info or ImageInfo()
+    kept, levels = (np.uint16, 65535) if bit_depth == 16 else (np.uint8, 255)
+    pixels = (image[0].cpu().float().clip(0, 1) * levels).round().numpy().astype(kept)
+    transparent = pixels.shape[-1] == 4 and bool((pixels[..., 3] < levels).any())
+    size = pixels.shape[0], pixels.shape[1]
+    check_writable(path, alpha=transparent, bit_depth=bit_depth, size=size, info=info)
+    info = fitting(path, info)
+    kind = _FORMATS[path.suffix.lower()]
     try:
         with whole_file(path, overwrite=overwrite) as file:
-            if kind == "TIFF":
-                tiff.write(file, values.astype(kept), info.icc_profile, info.metadata)
-            elif bit_depth == 16:
-                texts = png_texts(info.metadata).chunks
-                png16.write(file, values.astype(kept), info.icc_profile, info.metadata.exif, texts)
-            else:
-                options = options | save_options(kind, info.metadata)
-                picture, encoded = Image.fromarray(values.astype(kept)), BytesIO()
-                picture.save(encoded, format=kind, icc_profile=info.icc_profile, **options)
-                # Pillow itself overlooks a write that a full disk cuts short.
-                file.write(encoded.getbuffer())
+            _encode(file, kind, pixels, info)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written: {error}") from error
 
 
-def _require_memory(image: Image.Image) -> None:
-    """Refuse a picture whose pixels as float32 cannot fit, before any of them is decoded."""
-    width, height = image.size
-    needed = width * height * len(image.getbands()) * np.dtype(np.float32).itemsize
-    require_bytes(needed, f"{width}×{height} px", "a smaller picture")
+def _encode(file: Any, kind: str, pixels: np.ndarray, info: ImageInfo) -> None:
+    profile, meta = info.icc_profile, info.metadata
+    if kind == "TIFF":
+        tiff.write(file, pixels, profile, meta.exif, meta.xmp, meta.iptc)
+        return
+    if kind == "PNG":
+        texts = dict(meta.text)
+        if meta.iptc:
+            key, text = metadata.raw_profile("iptc", metadata.iptc_resource(meta.iptc))
+            texts[key] = text
+        png.write(file, pixels, Colour(profile, info.cicp), meta.exif, meta.xmp, texts)
+        return
+    options = dict(_OPTIONS[kind])
+    options |= {"exif": meta.exif} if meta.exif else {}
+    options |= {"xmp": meta.xmp} if meta.xmp else {}
+    if kind == "JPEG":
+        pixels = np.ascontiguousarray(pixels[..., :3])
+        body = metadata.jpeg_iptc(meta.iptc)
+        options["extra"] = struct.pack(">HH", 0xFFED, 2 + len(body)) + body if body else b""
+    encoded = BytesIO()
+    Image.fromarray(pixels).save(encoded, format=kind, icc_profile=profile, **options)
+    # Pillow itself overlooks a write that a full disk cuts short.
+    file.write(encoded.getbuffer())
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """(H, W, C) uint8 or uint16."""
-    if image.mode.startswith("I;16"):
-        return np.array(image).astype(np.uint16)[..., None]
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits per channel; expected 8 or 16")
-    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa"):
-        image = image.convert("RGBA")
-    elif image.mode == "1":
-        image = image.convert("L")
-    elif image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGB")
-    pixels = np.array(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+def _decoded(path: Path, *, head_only: bool = False) -> Decoded:
+    with path.open("rb") as file:
+        head = file.read(len(png.SIGNATURE))
+    if head == png.SIGNATURE:
+        return png.read(path, head_only=head_only)
+    if head[:4] in tiff.HEADS and (decoded := tiff.read(path, head_only=head_only)):
+        return decoded
+    return by_pillow.read(path, head_only=head_only)
 
 
 def _values(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 1, 3 or 4) float32 in 0..1 of unsigned integers."""
-    values = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
-    if values.shape[-1] == 2:  # grey with alpha
-        values = values[..., [0, 0, 0, 1]]
-    return np.ascontiguousarray(values)
+    """(H, W, 1, 3 or 4) float32 in 0..1."""
+    if pixels.dtype.kind == "u":
+        pixels = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    if pixels.shape[-1] == 2:  # grey with alpha
+        pixels = pixels[..., [0, 0, 0, 1]]
+    return pixels.copy(order="C")
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -8,15 +8,32 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 from random import Random
+from typing import Any
 
+import imagecodecs
 import numpy as np
+import tifffile
 from PIL import Image
 
-from infdit_core.pictures import png16
+from infdit_core.pictures import png
+from infdit_core.pictures.decoded import Colour
+from tests.core.pictures.made import chunk
+from tests.core.pictures.made import png as png_file
 from tests.reliability.hostile import flipped, spliced, truncated
 
 NUMBERS = (0, 1, 2, 255, 3000, 16383, 65535, 2**17, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1)
 BOMB_BYTES = 50_000_000
+_TURNED = (274, 3, 1, 6, True)
+_TIFFS: list[tuple[type, dict[str, Any]]] = [
+    (np.uint16, {"rowsperstrip": 4}),
+    (np.uint16, {"compression": "lzw", "predictor": True}),
+    (np.uint16, {"compression": "zlib", "predictor": True, "bigtiff": True}),
+    (np.uint16, {"compression": "packbits", "tile": (16, 16), "byteorder": ">"}),
+    (np.uint16, {"compression": "zstd", "bigtiff": True, "byteorder": ">"}),
+    (np.float32, {"compression": "lzma", "planarconfig": "separate"}),
+    (np.uint8, {"compression": "jpeg"}),
+]
+"""Kinds of pixels, and options of tifffile."""
 
 
 @cache
@@ -24,7 +41,7 @@ def pictures() -> dict[str, bytes]:
     """Whole files of every kind that is read, each with an orientation and a profile."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
     made = {}
-    kinds = "PNG RGBA, PNG P, TIFF RGB, TIFF CMYK, JPEG RGB, WEBP RGBA, BMP RGB, GIF P"
+    kinds = "PNG RGBA, PNG P, TIFF P, TIFF CMYK, JPEG RGB, WEBP RGBA, BMP RGB, GIF P"
     for kind, mode in (name.split() for name in kinds.split(", ")):
         buffer = io.BytesIO()
         compression = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {}
@@ -34,13 +51,18 @@ def pictures() -> dict[str, bytes]:
         picture.save(buffer, kind, exif=exif, icc_profile=bytes(200), **compression)
         made[f"{kind} {mode}"] = buffer.getvalue()
     buffer = io.BytesIO()
-    png16.write(buffer, pixels.astype(np.uint16) * 257)
-    return made | {"PNG 16": buffer.getvalue()}
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """Of a PNG file, with a right checksum."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    png.write(buffer, pixels.astype(np.uint16) * 257, Colour())
+    made["PNG 16"] = buffer.getvalue()
+    made["PNG interlaced"] = png_file(pixels[..., :1] % 4, True, bits=2)
+    made["AVIF 10"] = imagecodecs.avif_encode(pixels[..., :3].astype(np.uint16), bitspersample=10)
+    for n, (dtype, options) in enumerate(_TIFFS):
+        buffer = io.BytesIO()
+        deep = (pixels[..., :3] // (255 if dtype == np.float32 else 1)).astype(dtype)
+        if "planarconfig" in options:
+            deep = np.moveaxis(deep, -1, 0)
+        tifffile.imwrite(buffer, deep, photometric="rgb", extratags=[_TURNED], **options)
+        made[f"TIFF {n}"] = buffer.getvalue()
+    return made
 
 
 def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
@@ -62,10 +84,21 @@ def _numbers(data: bytes) -> list[tuple[int, str]]:
     if data.startswith(b"\xff\xd8"):
         frame = data.index(b"\xff\xc0")
         return [(frame + at, ">H") for at in (2, 5, 7)]
-    (directory,) = struct.unpack_from("<I", data, 4)
-    (count,) = struct.unpack_from("<H", data, directory)
-    entries = range(directory + 2, directory + 2 + 12 * count, 12)
-    return [(4, "<I"), *((at + part, "<I") for at in entries for part in (4, 8))]
+    if data[4:8] == b"ftyp":
+        sizes = data.index(b"ispe") + 8
+        return [(sizes, ">I"), (sizes + 4, ">I"), *((at, ">I") for at in range(0, sizes, 4))]
+    order = "<" if data.startswith(b"II") else ">"
+    if 43 in data[2:4]:
+        (directory,) = struct.unpack_from(f"{order}Q", data, 8)
+        (count,) = struct.unpack_from(f"{order}Q", data, directory)
+        first, step, parts, kind = directory + 8, 20, (4, 12), f"{order}Q"
+    else:
+        (directory,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, directory)
+        first, step, parts, kind = directory + 2, 12, (4, 8), f"{order}I"
+    entries = range(first, first + step * count, step)
+    kinds = [(at, f"{order}H") for at in entries] + [(at + 2, f"{order}H") for at in entries]
+    return [*kinds, *((at + part, kind) for at in entries for part in parts)]
 
 
 def misnumbered(random: Random, whole: bytes) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from infdit_core.memory import host as host_memory
-from infdit_core.pictures import png16
+from infdit_core.pictures import png as png_format
 from infdit_core.pictures.files import ImageError, read_image
 from tests.reliability import fuzz, hostile_pictures
 
@@ -50,13 +50,13 @@ def test_whole_pictures_are_read(tmp_path):
 def test_only_formats_that_decode_are_opened(refused):
     """Pillow hands EPS to Ghostscript, a program that runs what the file says."""
     assert Image.open(io.BytesIO(EPS)).format == "EPS"
-    assert "cannot be read as a picture: cannot identify image file" in refused(EPS)
+    assert "cannot be read as a picture: expected a picture as JPEG, WEBP, TIFF" in refused(EPS)
 
 
 @pytest.mark.parametrize("depth", [8, 16])
 def test_a_picture_larger_than_the_memory_is_not_decoded(refused, monkeypatch, depth):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1e9)
-    monkeypatch.setattr(png16, "read", None)
+    monkeypatch.setattr(png_format, "_pixels", None)
     assert refused(png(9000, 9500, depth)) == (
         "a.png is too large to read: 9000×9500 px need at least 1.0 GB of RAM; 1.0 GB are"
         " free. Expected a smaller picture"
@@ -66,15 +66,17 @@ def test_a_picture_larger_than_the_memory_is_not_decoded(refused, monkeypatch, d
 @pytest.mark.parametrize("depth", [8, 16])
 @pytest.mark.parametrize("side", [100_000, 2**31 - 1])
 def test_declared_sizes_that_nobody_means(refused, monkeypatch, side, depth):
-    monkeypatch.setattr(png16, "read", None)
-    assert "a.png is too large to read: Image size" in refused(png(side, side, depth))
+    monkeypatch.setattr(png_format, "_pixels", None)
+    assert "a.png is too large to read: " in refused(png(side, side, depth))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
-def test_compressed_texts_are_not_unpacked_at_large(refused, kind):
+def test_compressed_texts_are_not_unpacked_at_large(tmp_path, caplog, kind):
     prefix = b"a\0\1\0\0\0" if kind == b"iTXt" else b"a\0\0"
     packed = zlib.compress(bytes(300_000_000))
     bomb = hostile_pictures.chunk(kind, prefix + packed)
+    (tmp_path / "a.png").write_bytes(png(9, 9, 8, bomb))
     with fuzz.bounded_memory():
-        assert "Decompressed data too large" in refused(png(9, 9, 8, bomb))
+        assert fuzz.attempt(read_image, tmp_path / "a.png", ImageError) is None
+    assert f"its {kind.decode()} is damaged and left out: expected at most" in caplog.text

@@ -1,0 +1,64 @@
+"""What a reader of a picture format hands over: pixels, and what the file says beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InfDiTError
+from ..memory.host import require_bytes
+
+
+class ImageError(InfDiTError):
+    """A picture file that cannot be read or written; the message says what was expected."""
+
+
+@dataclass
+class Colour:
+    """How a file says what the numbers of its pixels mean; sRGB where it says nothing."""
+
+    icc_profile: bytes | None = None
+    cicp: bytes | None = None
+    """Primaries, transfer, matrix and range, a byte each (ITU-T H.273); rules over a profile."""
+    gamma: float | None = None
+    """As gAMA of PNG has it: a value is light to this power; 1 is linear, 0.4545 usual."""
+    chromaticities: tuple[float, ...] | None = None
+    """x and y of white, red, green and blue, as cHRM of PNG has them."""
+
+
+@dataclass
+class Decoded:
+    """A picture as it lies in its file, not yet upright and in the file's own colours."""
+
+    pixels: np.ndarray
+    """(H, W, C) uint8, uint16, or float32 in 0..1, full range; C = 1 (grey), 2 (grey, alpha), 3, 4,
+    and of CMYK 4 or 5 with 0 for no ink."""
+    space: str = "RGB"
+    """Colours of the pixels: GRAY, RGB or CMYK."""
+    colour: Colour = field(default_factory=Colour)
+    exif: Image.Exif = field(default_factory=Image.Exif)
+    xmp: bytes | None = None
+    iptc: bytes | None = None
+    """Datasets of IPTC-IIM, without the resource of Photoshop around them."""
+    text: Mapping[str, str] = field(default_factory=dict)
+    """Texts of a PNG file by keyword."""
+    frames: int = 1
+    """Pictures in the file, of which this is the first."""
+
+
+def blank(height: int, width: int, channels: int) -> np.ndarray:
+    """What stands for the pixels of a picture of which the head alone was read; takes no memory."""
+    return np.broadcast_to(np.uint8(0), (height, width, channels))
+
+
+def require_pixels(height: int, width: int, channels: int) -> None:
+    """Refuse a picture whose pixels as float32 cannot fit, before any of them is decoded.
+
+    Raises:
+        PlanError: see `require_bytes`.
+    """
+    needed = height * width * channels * np.dtype(np.float32).itemsize
+    require_bytes(needed, f"{width}×{height} px", "a smaller picture")
