@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE
-from .alpha import fill_invisible
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class Canvas:
     width: int
     """The target size in pixels, without padding."""
     source: Tensor
-    """(B, h, w, C) in 0..1: the picture itself, a copy only where invisible pixels were filled."""
+    """(B, h, w, C) in 0..1: the picture itself, not a copy."""
     alpha: Tensor | None = None
     """(B, height, width, 1) float32 in 0..1, if the picture had alpha."""
     vector: Tensor | None = None
@@ -170,7 +169,6 @@ def prepare(
         size = target_size(source_size, upscale_by)
     check_sizes(image, size)
 
-    image = fill_invisible(image)
     pixels = _pixels(image)
     alpha = None
     if pixels.shape[1] == 4:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..network.config import LR_SCALE
-from .alpha import fill_invisible
 from .prepare import Canvas, PreparationError, Wrap, check_image, check_sizes, prepare
 
 WRAPS = ("none", "horizontal", "both")
@@ -141,7 +140,6 @@ def prepare_wrapped(
         _Axis.of(side, target, block_px, around, margin, after)
         for side, target, around in zip(image.shape[1:3], size, (wrap == "both", True), strict=True)
     )
-    image = fill_invisible(image, (rows.around, columns.around))
     pixels = image.float().permute(0, 3, 1, 2).clamp(0, 1)
 
     def resized(x: Tensor, shrink: int = 1) -> Tensor:
