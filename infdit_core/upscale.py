@@ -20,6 +20,7 @@ from .network.model import InfDiT
 from .network.prior import interpolate
 from .network.residual_cache import ResidualCache
 from .network.run import Progress
+from .pictures.alpha import fill_invisible
 from .pictures.colour_fix import fix_colours
 from .pictures.mask import check_mask, lay_mask, masked, paste, resize_mask
 from .pictures.prepare import Canvas, check_image, pass_sizes, target_size
@@ -189,6 +190,8 @@ def upscale(
 ) -> Tensor:
     """Upscale pictures, each by itself; above 4 times in several passes.
 
+    The colours of invisible pixels count nowhere, and come out as `fill_invisible` continues them.
+
     Args:
         image: (B, H, W, C) in 0..1, C = 1 (grey), 3 or 4 (alpha).
         size: (height, width) of the result in pixels, or how many times wider and higher it is.
@@ -233,12 +236,12 @@ def upscale(
     passes = pass_sizes(source_size, size)
     results = []
     for i, source in enumerate(image.split(1)):
-        picture = kept = source
+        picture = kept = source = fill_invisible(source, wrap)
         for n, pass_size in enumerate(passes, 1):
             canvas = draw.prepare(lay_out(picture, pass_size, draw.block_px, wrap))
             canvas.vector = None if vectors is None else vectors[i : i + 1]
             if start is not None and n == len(passes):
-                first = start[i % len(start)][None]
+                first = fill_invisible(start[i % len(start)][None], wrap)
                 canvas.start = lay_out(first, size, draw.block_px, wrap).concat
             if mask is None:
                 x = canvas.consistent(draw(canvas), times)

@@ -23,6 +23,7 @@ from ..memory.host import gigabytes, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
+from ..pictures.alpha import fill_invisible
 from ..pictures.files import check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
 from ..pictures.start import check_start
@@ -109,7 +110,8 @@ def _upscale_picture(
         check_start(start, 1, size)
     vectors = None
     if guide:
-        vectors = guide.guide(image, args.positive, args.negative, args.text_strength)
+        seen = fill_invisible(image)
+        vectors = guide.guide(seen, args.positive, args.negative, args.text_strength)
     preset = find_preset(args.preset, model.metadata)
     if args.steps or args.solver:
         solver, steps = args.solver or preset.solver, args.steps or preset.steps

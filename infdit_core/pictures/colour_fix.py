@@ -3,6 +3,8 @@
 Means and deviations are compared at half the source's size, where a sharp result and a soft one
 show the same: detail that the network added does not count. Wavelet, which keeps
 what is finer than its low-pass anyway, works at the result's size, as StableSR (arXiv 2305.07015).
+
+Invisible pixels count in neither: they are filled first, and means are weighed by the alpha.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InfDiTError
+from .alpha import fill_invisible
 
 COLOUR_FIXES = ("none", "wavelet", "adain", "lab")
 """wavelet: swaps what is coarser than about 32 px. adain: mean and deviation of red, green and
@@ -41,7 +44,7 @@ def fix_colours(image: Tensor, source: Tensor, method: str) -> Tensor:
 
     Returns:
         (B, H, W, 3 or 4) float32 in 0..1. Beside it, the work takes one picture of three channels
-        (only wavelet does) and a strip of rows.
+        (only wavelet does), of a picture with alpha two more, and a strip of rows.
 
     Raises:
         InfDiTError: the method is unknown.
@@ -54,12 +57,13 @@ def fix_colours(image: Tensor, source: Tensor, method: str) -> Tensor:
         return image
     fixed = image.float().clone()
     for picture, result, wanted in zip(fixed, image.float(), source, strict=True):
-        colours = result[..., :3].movedim(-1, 0)
-        reference = wanted[..., :3].to(colours).clamp(0, 1).movedim(-1, 0).expand(3, -1, -1)
+        seen, wanted = (fill_invisible(x[None])[0].movedim(-1, 0) for x in (result, wanted))
+        colours = seen[:3]
+        reference = wanted[:3].to(colours).clamp(0, 1).expand(3, -1, -1)
         strips = (
             _wavelet(colours, reference)
             if method == "wavelet"
-            else _statistics(colours, reference, *_SPACES[method])
+            else _statistics(colours, reference, wanted[3:].to(colours), *_SPACES[method])
         )
         for rows, strip in strips:
             picture[rows, :, :3] = strip.clamp(0, 1).movedim(0, -1)
@@ -94,16 +98,24 @@ def _low_pass(x: Tensor) -> Tensor:
 def _statistics(
     colours: Tensor,
     reference: Tensor,
+    alpha: Tensor,
     to_space: Callable[[Tensor], Tensor],
     from_space: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Mean and deviation of each channel of a colour space as in the reference, both (3, H, W)."""
+    """Mean and deviation of each channel of a colour space as in the reference, both (3, H, W).
+
+    Args:
+        alpha: (1, H, W) in 0..1 of the reference, how much a pixel counts; (0, H, W): all as much.
+    """
     size = [math.ceil(side / 2) for side in reference.shape[-2:]]
     seen, wanted = (to_space(_resize(x, size)) for x in (colours, reference))
     dims = (-2, -1)
-    mean, wanted_mean = (x.mean(dims, keepdim=True) for x in (seen, wanted))
+    weight = _resize(alpha, size).clamp(0, 1) if alpha.any() else seen.new_ones(1, *size)
+    weight = weight / weight.sum()
+    mean, wanted_mean = ((weight * x).sum(dims, keepdim=True) for x in (seen, wanted))
     deviation, wanted_deviation = (
-        x.std(dims, correction=0, keepdim=True) + _EPSILON for x in (seen, wanted)
+        (weight * (x - middle).square()).sum(dims, keepdim=True).sqrt() + _EPSILON
+        for x, middle in ((seen, mean), (wanted, wanted_mean))
     )
     gain = (wanted_deviation / deviation).clamp(max=_MAX_GAIN)
     for rows in _strips(colours):

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.host import require_memory
+from ...infdit_core.pictures.alpha import fill_invisible
 from ...infdit_core.pictures.colour_fix import fix_colours
 from ...infdit_core.pictures.mask import check_mask, lay_mask
 from ...infdit_core.pictures.prepare import Canvas
@@ -96,9 +97,9 @@ class InfDiTConditioning(io.ComfyNode):
             mask = check_mask(require(mask, torch.Tensor, "mask: expected a MASK"), batch, size)
         require_memory(size, model.load_device, at_once=batch)
         block_px = model.model.infdit_config.block_px
-        canvas = with_prior(model, lay_out(image, size, block_px, wrap))
+        canvas = with_prior(model, lay_out(fill_invisible(image, wrap), size, block_px, wrap))
         if start_image is not None:
-            start = lay_out(start_image, size, block_px, wrap).concat
+            start = lay_out(fill_invisible(start_image, wrap), size, block_px, wrap).concat
             canvas.start = start.expand(batch, -1, -1, -1)
         latent: dict = {"samples": canvas.first}
         if same_noise:

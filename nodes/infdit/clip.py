@@ -7,6 +7,7 @@ import comfy.model_patcher
 import torch
 
 from ...infdit_core.clip import ClipGuide
+from ...infdit_core.pictures.alpha import fill_invisible
 
 
 class PatchedClip:
@@ -30,4 +31,5 @@ class PatchedClip:
         # in whole or not at all: open_clip's layers are not ComfyUI's, which cast what is elsewhere
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
         # resized on the CPU, because not every device can; then it follows the weights
-        return self.guide.guide(image.cpu(), positive, negative, text_strength).float().cpu()
+        seen = fill_invisible(image.cpu())
+        return self.guide.guide(seen, positive, negative, text_strength).float().cpu()
