@@ -33,7 +33,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
-READABLE = frozenset([*_FORMATS, ".bmp", ".gif"])
+READABLE = frozenset([*_FORMATS, ".apng", ".bmp", ".gif", ".jfif", ".jpe"])
 """Suffixes of the files that are taken from a folder."""
 _READ_BY_PILLOW = ("PNG", "WEBP", "TIFF", "JPEG", "BMP", "GIF")
 """Whatever a file's name says. Not its other formats, of which EPS starts another program."""
@@ -106,11 +106,22 @@ def picture_size(path: str | Path) -> tuple[int, int] | None:
         return None
 
 
-def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
+def check_writable(
+    path: str | Path,
+    *,
+    alpha: bool,
+    bit_depth: int,
+    size: tuple[int, int] | None = None,
+    info: ImageInfo | None = None,
+) -> None:
     """Refuse what `write_image` could not write, before any work is done.
 
+    Args:
+        size: (height, width), where it is known.
+
     Raises:
-        ImageError: the suffix is unknown, or its format has no alpha or not as many bits.
+        ImageError: the suffix is unknown, or its format has no alpha, not as many bits or no sides
+            of such a length.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -122,6 +133,9 @@ def check_writable(path: str | Path, *, alpha: bool, bit_depth: int) -> None:
         raise ImageError(f"{path.name}: expected .png or .tif for 16 bits per channel")
     if alpha and _FORMATS[suffix][0] == "JPEG":
         raise ImageError(f"{path.name}: JPEG has no alpha; expected .png, .webp or .tif")
+    kind = _FORMATS[suffix][0]
+    if size and max(size) > (limit := _MAX_SIDE.get(kind, 2**31)):
+        raise ImageError(f"{path.name}: expected sides of at most {limit} px for {kind}; use .png")
     if not path.parent.is_dir():
         raise ImageError(f"{path.parent} is not a folder; expected one to write to")
 
@@ -150,10 +164,9 @@ def write_image(
     path = Path(path)
     if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] not in (3, 4):
         raise ImageError(f"expected an image of shape (1, H, W, 3 or 4), got {tuple(image.shape)}")
-    check_writable(path, alpha=image.shape[-1] == 4, bit_depth=bit_depth)
+    size = image.shape[1], image.shape[2]
+    check_writable(path, alpha=image.shape[-1] == 4, bit_depth=bit_depth, size=size, info=info)
     kind, options = _FORMATS[path.suffix.lower()]
-    if max(image.shape[1:3]) > (limit := _MAX_SIDE.get(kind, 2**31)):
-        raise ImageError(f"{path.name}: expected sides of at most {limit} px for {kind}; use .png")
     levels = 2**bit_depth - 1
     values = (image[0].cpu().float().clip(0, 1) * levels).round().numpy()
     kept = np.uint16 if bit_depth == 16 else np.uint8
