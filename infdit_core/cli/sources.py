@@ -50,7 +50,7 @@ def search(folder: Path, recursive: bool, leave_out: Collection[Identity] = ()) 
         # Links last: a folder that lies here itself is found under its own name.
         here = folders.pop() if folders else links.pop()
         try:
-            if (own := identity(here)) in seen:
+            if (own := identity(here)) is None or own in seen:
                 continue
             seen.add(own)
             if here != folder and not recursive:
