@@ -25,7 +25,7 @@ from ..memory.host import gigabytes, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
-from ..pictures.files import ImageInfo, read_image, write_image
+from ..pictures.files import ImageInfo, check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
 from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
@@ -70,8 +70,9 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     # Asked twice for each picture, it says once that one would shrink.
     result_size = cache(lambda size: target_size(size, args.scale, args.size))
-    if not jobs.single:
-        make_folder(args.output)  # without it none can be made
+    if not jobs.single:  # what none of them could do is said once
+        make_folder(args.output)
+        check_writable(args.output / f"result.{args.format}", alpha=False, bit_depth=args.bit_depth)
     check_jobs(jobs, result_size, args.bit_depth)
     if jobs.single:
         for source, target in jobs.todo:

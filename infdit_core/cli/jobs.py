@@ -111,6 +111,8 @@ def plan_jobs(
         with jobs.attempt(source):
             if identity(source) is None:
                 raise CommandError(f"{source} does not exist; expected a picture or a folder")
+            if not os.path.isfile(source):  # a pipe or a device would be waited for
+                raise CommandError(f"{source} is no file; expected a picture or a folder")
             _check_name(target)
             if n in clashes:
                 raise CommandError(

@@ -158,6 +158,17 @@ def test_the_longest_names_come_through(folder, upscale, tmp_path, name):
     assert sorted(content(tmp_path / "jpg")) == ["a.webp", "c.webp"]
 
 
+def test_what_no_picture_could_do_is_said_once(folder, upscale, tmp_path, capsys):
+    (tmp_path / "plain").write_text("a file")
+    for output, options, message in (
+        ("plain", [], "plain cannot be made (File exists)"),
+        ("out", ["--format", "webp", "--bit-depth", 16], "expected .png or .tif for 16 bits"),
+    ):
+        assert upscale(folder, "-o", tmp_path / output, *options) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
 @pytest.mark.parametrize("name", ["x" * 243, "é" * 121 + "x"])
 def test_a_conversion_with_the_longest_name(model, tmp_path, name):
     target = tmp_path / f"{name}.safetensors"
