@@ -21,7 +21,7 @@ from ..checkpoints.load import check, load_model, read_config
 from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
 from ..memory.adaptive import is_out_of_memory
-from ..memory.host import gigabytes, waiting_bytes
+from ..memory.host import gigabytes, require_memory, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
@@ -68,8 +68,13 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype] if args.dtype else None
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    # Asked twice for each picture, it says once that one would shrink.
-    result_size = cache(lambda size: target_size(size, args.scale, args.size))
+
+    @cache  # asked twice for each picture, it says once that one would shrink
+    def result_size(source: Size) -> Size:
+        size = target_size(source, args.scale, args.size)
+        require_memory(size, device)
+        return size
+
     if not jobs.single:  # what none of them could do is said once
         make_folder(args.output)
         check_writable(args.output / f"result.{args.format}", alpha=False, bit_depth=args.bit_depth)

@@ -27,6 +27,7 @@ from ...infdit_core.cli.jobs import (
 from ...infdit_core.cli.sources import identity, search
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import is_out_of_memory
+from ...infdit_core.memory.host import require_memory
 from ...infdit_core.pictures.files import (
     ImageInfo,
     check_writable,
@@ -220,8 +221,13 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         sigmas = chosen.sigmas(denoise, model.model.infdit_config.sigma_max)
         chosen = chosen._replace(steps=len(sigmas) - 1)
         asked = upscale_by, longest_edge, size_by, megapixels, (height, width)
-        # Asked more than once for each picture, it says once that one would shrink.
-        sizes = cache(lambda size: result_size(size, *asked))
+
+        @cache  # asked more than once for each picture, it says once that one would shrink
+        def sizes(source: tuple[int, int]) -> tuple[int, int]:
+            size = result_size(source, *asked)
+            require_memory(size, model.load_device)
+            return size
+
         check_jobs(jobs, sizes, depth)
         made = []
         with FolderProgress(hidden.unique_id if hidden else None) as progress:

@@ -229,6 +229,7 @@ def test_a_file_that_changes_while_running_fails_alone(
         (["--format", "webp"], "strip.webp: expected sides of at most 16383 px"),
         (["--scale", "0"], "expected a factor above 0, got 0"),
         (["--scale", "1e308"], "expected a factor above 0"),
+        (["--size", "1000000000", "--format", "tif"], "1000000000×400000 px need at least"),
         (["--format", "jpg"], "JPEG has no alpha"),
         (["--start", "none.png"], "none.png does not exist"),
     ],
