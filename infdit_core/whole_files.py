@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +27,8 @@ def whole_file(path: str | Path, *, overwrite: bool = True) -> Iterator[BinaryIO
     # A checksum of the name: the name itself may be as long as the file system allows.
     prefix = f".{zlib.crc32(os.fsencode(path.name)):08x}."
     for leftover in path.parent.glob(f"{prefix}*.part"):
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):  # no reason to lose what is written now
+            leftover.unlink()
     temporary = path.with_name(f"{prefix}{os.urandom(4).hex()}.part")
     try:
         with temporary.open("x+b") as file:

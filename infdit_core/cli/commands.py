@@ -6,10 +6,14 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
 from ..checkpoints.checkpoint import open_checkpoint
@@ -17,20 +21,19 @@ from ..checkpoints.convert import convert
 from ..checkpoints.load import check, load_model, read_config
 from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
-from ..errors import InfDiTError
 from ..memory.adaptive import is_out_of_memory
-from ..memory.host import gigabytes, waiting_bytes
+from ..memory.host import gigabytes, require_memory, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
 from ..pictures.alpha import fill_invisible
-from ..pictures.files import check_writable, read_image, write_image
+from ..pictures.files import ImageInfo, check_writable, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
 from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
 from ..sampling import Preset, find_preset
 from ..upscale import Sampler, upscale
-from .jobs import CommandError, is_disk_full, plan_jobs, summary
+from .jobs import CommandError, Jobs, Size, check_jobs, check_result, make_folder, plan_jobs
 from .progress import Progress
 
 
@@ -38,30 +41,64 @@ class UsageError(Exception):
     """Arguments that contradict each other."""
 
 
+class Job(NamedTuple):
+    """A picture that was read and can be worked on."""
+
+    image: Tensor
+    """(1, H, W, C) in 0..1."""
+    info: ImageInfo
+    """What is written with the result."""
+    size: Size
+    """Of the result."""
+    start: Tensor | None
+    """What sampling starts from instead of the picture."""
+
+
 def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that fails, and leave alone what is there already."""
     _check_schedule(args)
-    jobs = plan_jobs(args.input, args.output, args.format, args.overwrite)
+    jobs = plan_jobs(
+        args.input,
+        args.output,
+        args.format,
+        args.overwrite,
+        recursive=args.recursive,
+        debug=args.debug,
+        tell=_warn,
+    )
     check_wrap(args.wrap, args.colour_fix)
     if args.start and not jobs.single:
         raise UsageError("--start goes with a single picture")
     for target in jobs.finished:
         _say(f"{target} is there already; --overwrite replaces it")
-    if not jobs.todo:
-        return 0
+    if jobs.todo:
+        _upscale_all(jobs, args)
+    if jobs.failed:
+        raise CommandError(jobs.summary())
+    return 0
+
+
+def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     device = _device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    @cache  # asked twice for each picture, it says once that one would shrink
+    def result_size(source: Size) -> Size:
+        size = target_size(source, args.scale, args.size)
+        require_memory(size, device)
+        return size
+
+    if not jobs.single:  # what none of them could do is said once
+        make_folder(args.output)
+        check_writable(args.output / f"result.{args.format}", alpha=False, bit_depth=args.bit_depth)
+    check_jobs(jobs, result_size, args.bit_depth)
+    if not jobs.todo:
+        return
+    # Of a single picture all that can be refused is refused before the model is loaded.
+    ready = _read(*jobs.todo[0], result_size, args) if jobs.single else None
     guide = _guide(args, device)
-    for _, target in jobs.todo:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(
-                f"{target.parent} cannot be made ({error.strerror}); expected a folder to write to"
-            ) from error
-        check_writable(target, alpha=False, bit_depth=args.bit_depth)
     model = _load(args.model, device, dtype)
     if args.reuse_layers and args.reuse_layers >= model.config.num_layers:
         raise CommandError(
@@ -70,11 +107,11 @@ def upscale_files(args: argparse.Namespace) -> int:
         )
     if args.compile:
         model.compile_layers()
-    failed = []
     for source, target in jobs.todo:
-        try:
+        with jobs.attempt(source):
             try:
-                _upscale_picture(model, guide, source, target, args)
+                job = ready or _read(source, target, result_size, args)
+                _upscale_picture(model, guide, source, target, job, args)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -82,14 +119,20 @@ def upscale_files(args: argparse.Namespace) -> int:
                     f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
                     " try block-major or layer-major with few --blocks"
                 ) from error
-        except InfDiTError as error:
-            if args.debug or jobs.single or is_disk_full(error):
-                raise
-            failed.append(source)
-            sys.stderr.write(f"infdit: error: {source}: {error}\n")
-    if failed:
-        raise CommandError(summary(failed, jobs))
-    return 0
+
+
+def _read(
+    source: Path, target: Path, result_size: Callable[[Size], Size], args: argparse.Namespace
+) -> Job:
+    """A picture that can be worked on."""
+    image, info = read_image(source)
+    size = result_size((image.shape[1], image.shape[2]))
+    info = check_result(target, image, size, args.bit_depth, info)
+    start = None
+    if args.start:
+        start, _ = read_image(args.start)
+        check_start(start, 1, size)
+    return Job(image, info, size, start)
 
 
 def _upscale_picture(
@@ -97,17 +140,12 @@ def _upscale_picture(
     guide: ClipGuide | None,
     source: Path,
     target: Path,
+    job: Job,
     args: argparse.Namespace,
 ) -> None:
     started = time.monotonic()
-    image, info = read_image(source)
-    check_writable(target, alpha=image.shape[-1] == 4, bit_depth=args.bit_depth)
+    image, info, size, start = job
     height, width = image.shape[1:3]
-    size = target_size((height, width), args.scale, args.size)
-    start = None
-    if args.start:
-        start, _ = read_image(args.start)
-        check_start(start, 1, size)
     vectors = None
     if guide:
         seen = fill_invisible(image)
@@ -278,6 +316,13 @@ def _device(name: str | None) -> torch.device:
 
 
 def _say(line: str) -> None:
+    sys.stdout.write(_printable(line) + "\n")
+
+
+def _warn(line: str) -> None:
+    sys.stderr.write(_printable(f"infdit: {line}") + "\n")
+
+
+def _printable(line: str) -> str:
     # What a file says of itself must not drive the terminal.
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-    sys.stdout.write(shown + "\n")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)

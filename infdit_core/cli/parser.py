@@ -50,7 +50,8 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         help="a file (.png, .webp, .tif or .jpg) for a single picture, else a folder, where each"
-        " result gets its picture's name; of several pictures those whose result is there are left"
+        " result gets its picture's name, with the ending too (anim.gif.png) where two would have"
+        " one name; of several pictures those whose result is there are left"
         " alone, so a run that was cut off goes on",
     )
     parser.add_argument(
@@ -66,6 +67,11 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         help=".safetensors, or the release's .pt (default: the small model of this pack)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument(
+        "--recursive",
+        action="store_true",
+        help="take the pictures of sub-folders too; their results lie in such sub-folders",
+    )
     parser.add_argument(
         "--bit-depth",
         type=int,

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image
 
 from .decoded import Colour, Decoded, blank, require_pixels
 
 FORMATS = ["JPEG", "WEBP", "TIFF", "BMP", "GIF", "PNG"]
 """Whatever a file's name says. Not Pillow's others, of which EPS starts another program."""
 SUFFIXES = {".bmp", ".gif"}
-if features.check("avif"):
+if find_spec("PIL._avif"):
     FORMATS.append("AVIF")
     SUFFIXES.add(".avif")
 _HEIC = find_spec("pillow_heif") is not None

@@ -238,7 +238,7 @@ def target_size(
             source[0],
         )
         upscale_by = 1.0
-    if not (math.isfinite(upscale_by) and upscale_by > 0):
+    if not (math.isfinite(upscale_by * max(source)) and upscale_by > 0):
         raise PreparationError(f"expected a factor above 0, got {upscale_by}")
     height, width = (max(1, round(side * upscale_by)) for side in source)
     return height, width

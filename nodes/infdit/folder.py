@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from ...infdit_core.cli.jobs import CommandError, Jobs, is_disk_full, plan_jobs, summary
+from ...infdit_core.cli.jobs import (
+    CommandError,
+    Jobs,
+    check_jobs,
+    check_result,
+    make_folder,
+    plan_jobs,
+)
+from ...infdit_core.cli.sources import identity, search
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import is_out_of_memory
+from ...infdit_core.memory.host import require_memory
 from ...infdit_core.pictures.files import (
     ImageInfo,
     check_writable,
@@ -126,6 +137,14 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                 longest_edge_input(),
                 colour_fix_input(),
                 *size_inputs(),
+                io.Boolean.Input(
+                    "recursive",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whether pictures of the folders within are read too. Their results"
+                    " lie in such folders within the output folder.",
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -147,16 +166,18 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         folder: str | None,
         output_folder: str = "",
         overwrite: bool = False,
+        recursive: bool = False,
         **_: object,
     ) -> str:
         """Changes with the pictures, and with the results unless they are made anyway."""
         try:
-            folders = [_source(folder or "")]
-            if not overwrite:
-                folders.append(_target(output_folder or folder or ""))
+            source, target = _source(folder or ""), _target(output_folder.strip() or folder or "")
         except InfDiTError:
             return ""
-        return repr([sorted(_states(path)) for path in folders])
+        states = [_states(source, recursive, target)]
+        if not overwrite:
+            states.append(_states(target, recursive))
+        return repr(states)
 
     @classmethod
     @named_errors(_NAME)
@@ -178,6 +199,7 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         megapixels: float = 4.0,
         width: int = 2048,
         height: int = 2048,
+        recursive: bool = False,
     ) -> io.NodeOutput:
         if not 0 <= denoise <= 1:
             raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
@@ -185,12 +207,13 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         warn_of_patches(model)
         source = _source(require(folder, str, "expected folder from the list"))
         target = _target(output_folder.strip() or folder)
-        jobs = _plan(source, target, format, overwrite)
-        check_writable(target / f"result.{format}", alpha=False, bit_depth=int(bit_depth))
+        depth = int(bit_depth)
+        jobs = _plan(source, target, format, overwrite, recursive)
+        check_writable(target / f"result.{format}", alpha=False, bit_depth=depth)
         check_inputs(model, torch.zeros(1, 1, 1, 3), None)  # whether it has the CLIP it needs
         hidden = cls.hidden
         texts = {}
-        if hidden and not args.disable_metadata:  # as core's SaveImage
+        if hidden and format == "png" and not args.disable_metadata:  # as core's SaveImage
             texts = {"prompt": hidden.prompt} if hidden.prompt is not None else {}
             texts |= hidden.extra_pnginfo or {}
         settings = {key: json.dumps(value) for key, value in texts.items()}
@@ -198,39 +221,36 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         sigmas = chosen.sigmas(denoise, model.model.infdit_config.sigma_max)
         chosen = chosen._replace(steps=len(sigmas) - 1)
         asked = upscale_by, longest_edge, size_by, megapixels, (height, width)
-        failed, made = {}, []
+
+        @cache  # asked more than once for each picture, it says once that one would shrink
+        def sizes(source: tuple[int, int]) -> tuple[int, int]:
+            size = result_size(source, *asked)
+            require_memory(size, model.load_device)
+            return size
+
+        check_jobs(jobs, sizes, depth)
+        made = []
         with FolderProgress(hidden.unique_id if hidden else None) as progress:
-            progress.start([_work(path, *asked) for path, _ in jobs.todo], chosen)
+            progress.start([_work(path, sizes) for path, _ in jobs.todo], chosen)
             for n, (path, result) in enumerate(jobs.todo):
                 progress.picture(n, path.name)
-                try:
+                with jobs.attempt(path), _memory_errors():
                     image, info = read_image(path)
                     progress.source(image)
-                    check_writable(result, alpha=image.shape[-1] == 4, bit_depth=int(bit_depth))
-                    size = result_size((image.shape[1], image.shape[2]), *asked)
+                    size = sizes((image.shape[1], image.shape[2]))
+                    info = check_result(result, image, size, depth, info)
                     sampler, back = core_sampler(chosen.solver), chosen.consistency
                     draw = GuiderDraw(model, sampler, sigmas, seed, progress, back)
                     vectors = check_inputs(model, image, None)
                     picture = upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix)
                     info = _with_texts(info, settings)
-                    write_image(
-                        result, picture, bit_depth=int(bit_depth), info=info, overwrite=overwrite
-                    )
+                    write_image(result, picture, bit_depth=depth, info=info, overwrite=overwrite)
                     made.append(result)
-                except (InfDiTError, RuntimeError, MemoryError) as error:
-                    if not (isinstance(error, InfDiTError) or is_out_of_memory(error)):
-                        raise
-                    if is_disk_full(error):
-                        raise
-                    failed[path] = str(error) if isinstance(error, InfDiTError) else "out of memory"
-                    logging.warning("%s: %s: %s", _NAME, path.name, failed[path])
-            progress.end(len(made), len(jobs.finished), len(failed))
-        if failed:
-            first = next(iter(failed.values()))
-            raise CommandError(
-                f"{summary(list(failed), jobs)}. The first: {first}. {len(made)} others are"
-                f" written to {_shown(target)}"
-            )
+            progress.end(len(made), len(jobs.finished), len(jobs.failed))
+        if jobs.failed:
+            first = _shown(next(iter(jobs.failed.values())))
+            written = f". Written to {_shown(target)}: {len(made)}" if made else ""
+            raise CommandError(f"{jobs.summary()}. The first: {first}{written}")
         return io.NodeOutput(ui={"images": _images(made)})
 
 
@@ -265,31 +285,57 @@ def _shown(path: Path | str) -> str:
     return text
 
 
-def _plan(source: Path, target: Path, format: str, overwrite: bool) -> Jobs:
+def _plan(source: Path, target: Path, format: str, overwrite: bool, recursive: bool) -> Jobs:
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        return plan_jobs([source], target, format, overwrite)
-    except OSError as error:
-        raise InfDiTError(f"{_shown(target)} cannot be made: {error.strerror}") from error
+        make_folder(target)
+        return plan_jobs([source], target, format, overwrite, recursive=recursive, tell=_warn)
     except CommandError as error:
-        text = _shown(str(error)).replace("--output or --overwrite", "output_folder or overwrite")
-        raise InfDiTError(text.replace("--output", "output_folder")) from error
+        raise InfDiTError(_in_our_words(str(error))) from error
 
 
-def _states(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file of a folder."""
+def _warn(line: str) -> None:
+    logging.warning("%s: %s", _NAME, _in_our_words(line))
+
+
+def _in_our_words(text: str) -> str:
+    """What the command line says, with the node's folders and inputs."""
+    text = _shown(text).replace("--output or --overwrite", "output_folder or overwrite")
+    return text.replace("--output", "output_folder").replace("--recursive", "recursive")
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A picture that does not fit the memory is an error that its user can mend."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CommandError("out of memory") from error
+
+
+def _states(
+    folder: Path, recursive: bool, leave_out: Path | None = None
+) -> list[tuple[str, int, int]]:
+    """Path, size and time of every file of a folder; `leave_out` is a folder within."""
     if not folder.is_dir():
         return []
-    states = [(path.name, path.stat()) for path in folder.iterdir() if path.is_file()]
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    ignored = identity(leave_out) if leave_out and leave_out.is_dir() else None
+    found = search(folder, recursive, {ignored} if ignored else ())
+    states = []
+    for path in [*found.pictures, *found.others]:
+        with suppress(OSError):  # it is gone again
+            state = path.stat()
+            name = path.relative_to(folder).as_posix()
+            states.append((name, state.st_size, state.st_mtime_ns))
+    return states
 
 
-def _work(path: Path, *asked: Any) -> int:
-    """Pixels of all passes of a picture for a size as `result_size` takes it; 0 if unreadable."""
+def _work(path: Path, sizes: Callable[[tuple[int, int]], tuple[int, int]]) -> int:
+    """Pixels of all passes of a picture; 0 if unreadable."""
     if (source := picture_size(path)) is None:
         return 0
-    sizes = pass_sizes(source, result_size(source, *asked))
-    return sum(height * width for height, width in sizes)
+    return sum(height * width for height, width in pass_sizes(source, sizes(source)))
 
 
 def _with_texts(info: ImageInfo, texts: dict[str, str]) -> ImageInfo:

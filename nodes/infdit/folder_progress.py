@@ -80,7 +80,7 @@ class FolderProgress:
         self._bar.update_absolute(self._bar.total)
         parts = []
         if failed:
-            parts.append(f"{failed} of {len(self._work)} pictures failed")
+            parts.append(f"{failed} of {made + failed} pictures failed")
         if made or not (there or failed):
             took = duration(time.monotonic() - self._began)
             parts.append(f"{made} picture{'s' * (made != 1)} in {took}")

@@ -109,14 +109,82 @@ def test_the_text_and_the_preview_are_of_the_picture_at_work(
     )  # fmt: skip
     with pytest.raises(management.InterruptProcessingException):
         run(overwrite=True)
-    assert texts[-1] == "cancelled at picture 1 of 3, a.png"
+    assert texts[-1] == "cancelled at picture 1 of 2, a.png"
 
 
 def test_a_picture_that_fails_is_named_and_the_others_are_made(folders, run):
     (folders[0] / "photos" / "b.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"Upscale Folder: 1 of 3 pictures .* b.jpg. The first: b"):
+    message = r"Folder: 1 of 3 pictures .* b.jpg. The first: input/photos/b.jpg cannot be read"
+    with pytest.raises(ValueError, match=message):
         run(output_folder="x/v1.5")
     assert sorted(p.name for p in (folders[1] / "x" / "v1.5").iterdir()) == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize("broken", ["wide", "alpha", "vanished", "refused"])
+def test_what_one_picture_cannot_be_is_no_other_s_fault(
+    comfy, folders, run, monkeypatch, caplog, broken
+):
+    """Sides too long for the format are known before any work, the others before that picture's."""
+    node, source = comfy.module("nodes.infdit.folder"), folders[0] / "photos" / "b.jpg"
+    made, upscale, write = [], node.upscale, node.write_image
+    source.unlink()
+    source = source.with_suffix(".png")
+    if broken == "alpha":
+        Image.new("RGBA", (4, 4), (9, 9, 9, 9)).save(source)
+    else:
+        Image.new("RGB", (9000 if broken == "wide" else 4, 4)).save(source)
+
+    def counted(image, *args, **options):
+        if broken == "wide":
+            assert "b.webp: expected sides of at most 16383 px" in caplog.text
+        if broken == "vanished":
+            source.unlink(missing_ok=True)
+        made.append(tuple(image.shape[1:3]))
+        return upscale(image, *args, **options)
+
+    def refused(path, *args, **options):
+        if broken == "refused" and path.stem == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, *args, **options)
+
+    monkeypatch.setattr(node, "upscale", counted)
+    monkeypatch.setattr(node, "write_image", refused)
+    format = "jpg" if broken == "alpha" else "webp"
+    with pytest.raises(ValueError, match="1 of 3 pictures") as raised:
+        run(format=format)
+    said = {
+        "wide": "input/photos/b.png: b.webp: expected sides of at most 16383 px",
+        "alpha": "input/photos/b.png: b.jpg: JPEG has no alpha",
+        "vanished": "input/photos/b.png does not exist",
+        "refused": "input/photos/b.png: output/photos/b.webp: Permission denied",
+    }
+    assert f"b.png. The first: {said[broken]}" in str(raised.value)
+    assert len(made) == 2 + (broken == "refused")
+    assert sorted(p.stem for p in (folders[1] / "photos").iterdir()) == ["a", "c"]
+
+
+def test_folders_within_and_names_that_differ_in_their_endings(comfy, folders, run, caplog):
+    node, photos = comfy.nodes["InfDiTUpscaleFolder"], folders[0] / "photos"
+    put(photos / "x", {"a.png": (4, 5)})
+    put(photos, {"a.tif": (4, 4)})
+    (photos / "notes.txt").write_text("no picture")
+    before = node.fingerprint_inputs("photos"), node.fingerprint_inputs("photos", recursive=True)
+    shown = run(recursive=True).ui["images"]
+    assert [(image["subfolder"], image["filename"]) for image in shown] == [
+        ("photos", "a.png.png"), ("photos", "a.tif.png"), ("photos", "b.png"), ("photos", "c.png"),
+        ("photos/x", "a.png"),
+    ]  # fmt: skip
+    assert pixels(folders[1] / "photos" / "x" / "a.png").shape == (10, 8, 3)
+    assert "input/photos: 1 file is no picture that can be read (notes.txt)" in caplog.text
+    assert "sub-folder" not in caplog.text
+    after = node.fingerprint_inputs("photos", overwrite=True)
+    within = node.fingerprint_inputs("photos", overwrite=True, recursive=True)
+    assert len({*before, after, within}) == 4
+    put(photos / "x", {"b.png": (4, 4)})
+    assert node.fingerprint_inputs("photos", overwrite=True) == after
+    assert node.fingerprint_inputs("photos", overwrite=True, recursive=True) != within
+    assert run().ui == {"images": []}
+    assert "1 sub-folder is left out; recursive takes it" in caplog.text
 
 
 def test_what_is_there_is_left_alone(comfy, folders, run):
@@ -146,12 +214,10 @@ def test_what_is_there_is_left_alone(comfy, folders, run):
         ({"output_folder": "/tmp"}, "expected a folder in ComfyUI's output folder; got '/tmp'"),
         ({"format": "jpg", "bit_depth": "16"}, r"result.jpg: expected .png or .tif for 16 bits"),
         ({"folder": "empty"}, "input/empty holds no picture"),
-        ({"folder": "twice"}, "2 pictures would be written to output/twice/a.png; rename them"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(comfy, folders, run, inputs, message):
     (folders[0] / "empty").mkdir()
-    put(folders[0] / "twice", {"a.png": (4, 4), "a.jpg": (4, 4)})
     with pytest.raises(ValueError, match=f"Inf-DiT Upscale Folder: {message}"):
         run(**inputs)
     assert not [p for p in folders[1].rglob("*") if p.is_file()]

@@ -53,7 +53,8 @@ def upscale(model):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 KILLED_WHILE_WRITING = """
@@ -131,8 +132,9 @@ def test_a_result_that_comes_meanwhile_is_kept(folder, upscale, tmp_path, monkey
 
 def test_a_folder_in_the_way_is_an_error(folder, upscale, tmp_path, capsys):
     (tmp_path / "out" / "b.png").mkdir(parents=True)
-    assert upscale(folder, "-o", tmp_path / "out") == 1
-    assert "b.png already exists" in capsys.readouterr().err
+    assert upscale(folder, "-o", tmp_path / "out", "--overwrite") == 1
+    assert "out/b.png is a folder; expected another --output" in capsys.readouterr().err
+    assert sorted(content(tmp_path / "out")) == ["a.png", "c.png"]
 
 
 def test_failures_are_told_at_the_end(folder, upscale, tmp_path, capsys):
@@ -142,9 +144,104 @@ def test_failures_are_told_at_the_end(folder, upscale, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.count(" -> ") == 2
     first, last = said.err.splitlines()
-    assert "b.png cannot be read as a picture" in first
+    assert first.startswith(f"infdit: error: {folder / 'b.png'} cannot be read as a picture: ")
     assert last == "infdit: error: 1 of 3 pictures could not be upscaled: b.png"
     assert sorted(content(tmp_path / "out")) == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize("name", ["x" * 251, "é" * 125 + "x"])
+def test_the_longest_names_come_through(folder, upscale, tmp_path, name):
+    (folder / "b.png").rename(folder / f"{name}.png")
+    assert upscale(folder, "-o", tmp_path / "out") == 0
+    assert sorted(content(tmp_path / "out")) == sorted(["a.png", "c.png", f"{name}.png"])
+    assert upscale(folder, "-o", tmp_path / "jpg", "--format", "webp") == 1
+    assert sorted(content(tmp_path / "jpg")) == ["a.webp", "c.webp"]
+
+
+def test_what_no_picture_could_do_is_said_once(folder, upscale, tmp_path, capsys):
+    (tmp_path / "plain").write_text("a file")
+    for output, options, message in (
+        ("plain", [], "plain cannot be made (File exists)"),
+        ("out", ["--format", "webp", "--bit-depth", 16], "expected .png or .tif for 16 bits"),
+    ):
+        assert upscale(folder, "-o", tmp_path / output, *options) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+@pytest.mark.parametrize("name", ["x" * 243, "é" * 121 + "x"])
+def test_a_conversion_with_the_longest_name(model, tmp_path, name):
+    target = tmp_path / f"{name}.safetensors"
+    assert len(os.fsencode(target.name)) == 255
+    convert(model, target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_recursive_run_goes_on(folder, upscale, tmp_path, capsys):
+    (folder / "x").mkdir()
+    (folder / "b.png").rename(folder / "x" / "a.png")
+    out = folder / "out"
+    for said in (3, 0):
+        assert upscale(folder, "-o", out, "--recursive") == 0
+        assert capsys.readouterr().out.count(" -> ") == said
+    assert sorted(content(out)) == ["a.png", "c.png", "x/a.png"]
+
+
+@pytest.mark.parametrize("fault", ["vanished", "replaced", "refused", "unlisted"])
+def test_a_file_that_changes_while_running_fails_alone(
+    folder, upscale, tmp_path, monkeypatch, capsys, fault
+):
+    out, load, replace = tmp_path / "out", commands._load, os.replace
+
+    def meanwhile(*args):
+        if fault == "vanished":
+            (folder / "b.png").unlink()
+        elif fault == "replaced":
+            Image.new("RGBA", (3, 3)).save(folder / "b.png")
+        elif fault == "unlisted":
+            (out / "b.jpg").mkdir()
+        return load(*args)
+
+    def refused(source, target):
+        if fault == "refused" and Path(target).stem == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(commands, "_load", meanwhile)
+    monkeypatch.setattr(os, "replace", refused)
+    assert upscale(folder, "-o", out, "--format", "jpg") == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"infdit: error: {folder / 'b.png'}")
+    reasons = {
+        "vanished": "b.png does not exist",
+        "replaced": "JPEG has no alpha",
+        "refused": "Permission denied",
+        "unlisted": "it has come into being meanwhile",
+    }
+    assert reasons[fault] in first
+    assert last == "infdit: error: 1 of 3 pictures could not be upscaled: b.png"
+    assert sorted(content(out)) == ["a.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "webp"], "strip.webp: expected sides of at most 16383 px"),
+        (["--scale", "0"], "expected a factor above 0, got 0"),
+        (["--scale", "1e308"], "expected a factor above 0"),
+        (["--size", "1000000000", "--format", "tif"], "1000000000×400000 px need at least"),
+        (["--format", "jpg"], "JPEG has no alpha"),
+        (["--start", "none.png"], "none.png does not exist"),
+    ],
+)
+def test_one_picture_ends_before_the_model_is_loaded(
+    upscale, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.setattr(commands, "_load", None)
+    Image.new("RGBA", (5000, 2), (1, 2, 3, 4)).save(tmp_path / "strip.png")
+    assert upscale(tmp_path / "strip.png", "-o", tmp_path / "out", *options) == 1
+    assert message in capsys.readouterr().err
+    assert content(tmp_path).keys() == {"strip.png"}
 
 
 def no_memory():

@@ -204,7 +204,9 @@ def test_user_errors_in_names(models, picture, tmp_path, capsys):
     check(picture, "-o", tmp_path / "plain", parts=("plain cannot be made", "a folder"))
     check(picture, "-o", tmp_path / "plain" / "a.png", parts=("plain cannot be made",))
     check(picture, twin, "-o", tmp_path / "a.png", parts=("expected a folder",))
-    check(picture, twin, "-o", tmp_path / "out", parts=("2 pictures would be written to",))
+    (tmp_path / "other").mkdir()
+    same = twin.rename(tmp_path / "other" / "photo.jpg")
+    check(picture, same, "-o", tmp_path / "out", parts=("2 of 2 pictures", "another picture's"))
     check(picture, "-o", tmp_path / "a.png", "--scale", "0", parts=("factor", "got 0"))
     check(picture, "-o", tmp_path / "a.webp", "--bit-depth", 16, parts=("expected .png",))
     check(
