@@ -6,13 +6,15 @@ colours, which have 8, are left to it.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from .decoded import Colour, Decoded, blank, require_pixels
 
@@ -52,7 +54,7 @@ def read(path: Path, *, head_only: bool = False) -> Decoded | None:
     """
     import tifffile
 
-    with tifffile.TiffFile(path) as file:
+    with _quiet(), tifffile.TiffFile(path) as file:
         pages: list[Any] = list(islice(file.pages, _MAX_PAGES))
         page = next((page for page in pages if not page.is_reduced), pages[0])
         if page.photometric not in _SPACES:
@@ -121,6 +123,17 @@ def write(
     for tag, free in _DIRECTORIES.items():
         if directory := tags.get_ifd(tag):
             _append(file, tag, free, directory, big)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without tifffile's own lines in the log: what is wrong with a file, our error tells."""
+    log = logging.getLogger("tifffile")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def _check_kind(page: Any) -> None:
@@ -213,6 +226,7 @@ def _extra(tags: Image.Exif, tag: int) -> tuple:
 def _append(file: BinaryIO, tag: int, free: int, values: dict, big: bool) -> None:
     """A directory of EXIF at the end of the file, and the way to it."""
     import tifffile
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
     head = b"II+\0\x08\0\0\0" + bytes(8) if big else b"II*\0\x08\0\0\0"
     directory = ImageFileDirectory_v2(ifh=head)

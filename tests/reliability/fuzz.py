@@ -69,7 +69,8 @@ def _audit(event: str, args: tuple) -> None:
         return
     # The mode is None where a descriptor's flags say it instead.
     writes = event == "open" and (set(str(args[1] or "r")) & set("wax+") or int(args[2]) & 3)
-    if writes or event.startswith(_FORBIDDEN):
+    cython = event == "compile" and args[0] == b"_getframe()"  # for its tracebacks
+    if writes or (event.startswith(_FORBIDDEN) and not cython):
         _events.append(f"{event} {args!r:.200}")
 
 
