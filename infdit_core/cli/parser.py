@@ -39,8 +39,9 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         "upscale",
         parents=[common],
         help="upscale pictures",
-        description="Upscale pictures. 8- and 16-bit PNG, JPEG, WebP, TIFF and BMP are read; grey"
-        " becomes RGB; alpha, the colour profile, EXIF, XMP and the texts of PNG are kept.",
+        description="Upscale pictures. PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF and, where the package"
+        " pillow-heif is installed, HEIC are read with all their bits. Grey becomes RGB, CMYK sRGB"
+        " by its profile; alpha, colours, EXIF, XMP, IPTC and the texts of PNG are kept.",
     )
     parser.set_defaults(command=upscale_files)
     parser.add_argument("input", nargs="+", type=Path, help="pictures, or folders of pictures")

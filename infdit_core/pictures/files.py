@@ -93,7 +93,9 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
         reason = str(error) or "not enough memory"
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
     except _DAMAGE as error:
-        raise ImageError(f"{path.name} cannot be read as a picture: {error}") from error
+        # that of the system would name the file again
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ImageError(f"{path.name} cannot be read as a picture: {reason}") from error
     if decoded.frames > 1:
         logger.warning("%s holds more than one picture; the first is taken", path.name)
     bits = 8 if decoded.pixels.dtype == np.uint8 else 16
