@@ -44,13 +44,14 @@ def read(path: Path, *, head_only: bool = False) -> Decoded:
     kinds = [kind for kind, _ in chunks]
     if kinds[:1] != [b"IHDR"] or len(chunks[0][1]) != 13 or b"IDAT" not in kinds:
         raise ValueError("it is damaged or cut off")
-    width, height, _, colour_type = struct.unpack_from(">IIBB", chunks[0][1])
-    channels = _CHANNELS.get(colour_type, 4) + (b"tRNS" in kinds)
+    width, height, bits, colour_type = struct.unpack_from(">IIBB", chunks[0][1])
+    channels = _CHANNELS.get(colour_type, 4) + _has_transparency(chunks, colour_type)
     if head_only:
         pixels = blank(height, width, channels)
     else:
         require_pixels(height, width, channels)
-        pixels = _pixels(chunks)
+        pixels = np.empty((height, width, channels), np.uint16 if bits == 16 else np.uint8)
+        _decode(chunks, pixels)
     space = "RGB" if colour_type == _PALETTE or pixels.shape[-1] > 2 else "GRAY"
     decoded = Decoded(pixels, space)
     for kind, data in chunks:
@@ -65,16 +66,27 @@ def read(path: Path, *, head_only: bool = False) -> Decoded:
     return decoded
 
 
-def _pixels(chunks: list[tuple[bytes, memoryview]]) -> np.ndarray:
-    """(H, W, C) of 8 or 16 bits, palettes and transparent colours resolved."""
+def _has_transparency(chunks: list[tuple[bytes, memoryview]], colour_type: int) -> bool:
+    """Whether there is a transparent colour, or alphas of a palette, which libpng takes."""
+    parts = {kind: len(data) for kind, data in chunks}
+    longest = {0: 2, 2: 6, _PALETTE: parts.get(b"PLTE", 0) // 3}.get(colour_type, 0)
+    found = parts.get(b"tRNS", 0)
+    return 0 < found <= longest and (colour_type == _PALETTE or found == longest)
+
+
+def _decode(chunks: list[tuple[bytes, memoryview]], pixels: np.ndarray) -> None:
+    """Into (H, W, C) of 8 or 16 bits, palettes and transparent colours resolved."""
     import imagecodecs
 
     coded = b"".join(_chunk(kind, data) for kind, data in chunks if kind in _OF_PIXELS)
     try:
-        pixels = imagecodecs.png_decode(SIGNATURE + coded)
-    except imagecodecs.PngError as error:
+        imagecodecs.png_decode(
+            SIGNATURE + coded, out=pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        )
+    except (imagecodecs.PngError, ValueError) as error:
+        # imagecodecs never lets go of the pixels of a damaged file; at least they are no memory
+        pixels.resize(0, refcheck=False)
         raise ValueError(f"its pixels are damaged or cut off ({error})") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def write(

@@ -1,7 +1,7 @@
 """TIFF files, by tifffile: of any layout, 1 to 32 bits, and with EXIF.
 
-Pillow keeps 8 bits of colours, and takes 12 bits for 16. Tables of colours, Lab and subsampled
-colours, which have 8, are left to it.
+Pillow keeps 8 bits of colours, and takes 12 bits for 16. Tables of colours, Lab, JPEG and
+subsampled colours, which have 8, are left to it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _ASCII, _LONG, _UNDEFINED = 2, 4, 7
 _DIRECTORIES = {34665: 34664, 34853: 34852}
 """EXIF and GPS, and the free number that stands for each until tifffile is done: it writes none."""
 _COMPRESSIONS = {
-    1: "none", 2: "CCITT", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "deflate",
+    1: "none", 2: "CCITT", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 8: "deflate",
     32773: "PackBits", 32946: "deflate", 34925: "LZMA", 50000: "Zstandard",
 }  # fmt: skip
 """That are decoded; each further one would be a further decoder to trust."""
+_JPEGS = (6, 7)
 _MAX_PAGES = 32
 """Among which the picture is looked for."""
 _FLOAT_SLACK = 0.01
@@ -57,7 +58,7 @@ def read(path: Path, *, head_only: bool = False) -> Decoded | None:
     with _quiet(), tifffile.TiffFile(path) as file:
         pages: list[Any] = list(islice(file.pages, _MAX_PAGES))
         page = next((page for page in pages if not page.is_reduced), pages[0])
-        if page.photometric not in _SPACES:
+        if page.photometric not in _SPACES or page.compression in _JPEGS:
             return None
         _check_kind(page)
         size = page.imagelength, page.imagewidth, page.samplesperpixel
@@ -65,7 +66,7 @@ def read(path: Path, *, head_only: bool = False) -> Decoded | None:
             return Decoded(blank(*size), exif=_exif(path, page), xmp=_bytes(page, _XMP))
         require_pixels(*size)
         _check_whole(page, file.filehandle.size)
-        pixels = page.asarray().reshape(page.shaped)  # (planes, 1, H, W, C)
+        pixels = page.asarray(maxworkers=1).reshape(page.shaped)  # (planes, 1, H, W, C)
         pixels = np.moveaxis(pixels[:, 0], 0, -1)[..., 0, :] if len(pixels) > 1 else pixels[0, 0]
         tags = {tag: _bytes(page, tag) for tag in (_ICC_PROFILE, _XMP, _IPTC)}
         exif = _exif(path, page)

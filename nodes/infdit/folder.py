@@ -71,7 +71,9 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                 io.Combo.Input(
                     "folder",
                     options=folder_paths.get_input_subfolders(),
-                    tooltip="A folder in ComfyUI's input folder. Press R after making a new one.",
+                    tooltip="A folder in ComfyUI's input folder. Press R after making a new one."
+                    " Read are PNG, JPEG, WebP, TIFF, BMP, GIF and AVIF, HEIC with the package"
+                    " pillow-heif; the log says what else is there.",
                 ),
                 io.Float.Input(
                     "upscale_by",
@@ -117,8 +119,9 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                     "format",
                     options=list(_FORMATS),
                     default="png",
-                    tooltip="Of the results, which have the names of the pictures. EXIF, XMP and"
-                    " colour profile are kept; png also holds the workflow.",
+                    tooltip="Of the results, which have the names of the pictures. EXIF, XMP, IPTC"
+                    " and colours are kept as far as the format holds them; png also holds the"
+                    " workflow, and HDR (PQ, HLG) needs it.",
                 ),
                 io.Combo.Input(
                     "bit_depth",
