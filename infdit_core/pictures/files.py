@@ -94,7 +94,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
     except _DAMAGE as error:
         # that of the system would name the file again
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise ImageError(f"{path.name} cannot be read as a picture: {reason}") from error
     if decoded.frames > 1:
         logger.warning("%s holds more than one picture; the first is taken", path.name)
