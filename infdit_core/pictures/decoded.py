@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +49,17 @@ class Decoded:
     """Texts of a PNG file by keyword."""
     frames: int = 1
     """Pictures in the file, of which this is the first."""
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Without a library's own lines in the log: what is wrong with a file, our error tells."""
+    log = logging.getLogger(name)
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def blank(height: int, width: int, channels: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from .decoded import Colour, Decoded, blank, require_pixels
+from .decoded import Colour, Decoded, blank, quiet, require_pixels
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _OF_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
@@ -79,10 +79,10 @@ def _decode(chunks: list[tuple[bytes, memoryview]], pixels: np.ndarray) -> None:
     import imagecodecs
 
     coded = b"".join(_chunk(kind, data) for kind, data in chunks if kind in _OF_PIXELS)
+    grey = pixels.shape[-1] == 1
     try:
-        imagecodecs.png_decode(
-            SIGNATURE + coded, out=pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-        )
+        with quiet("imagecodecs"):
+            imagecodecs.png_decode(SIGNATURE + coded, out=pixels.squeeze(-1) if grey else pixels)
     except (imagecodecs.PngError, ValueError) as error:
         # imagecodecs never lets go of the pixels of a damaged file; at least they are no memory
         pixels.resize(0, refcheck=False)

@@ -6,9 +6,6 @@ subsampled colours, which have 8, are left to it.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from .decoded import Colour, Decoded, blank, require_pixels
+from .decoded import Colour, Decoded, blank, quiet, require_pixels
 
 HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _STRIP_BYTES = 2**20
@@ -55,7 +52,7 @@ def read(path: Path, *, head_only: bool = False) -> Decoded | None:
     """
     import tifffile
 
-    with _quiet(), tifffile.TiffFile(path) as file:
+    with quiet("tifffile"), tifffile.TiffFile(path) as file:
         pages: list[Any] = list(islice(file.pages, _MAX_PAGES))
         page = next((page for page in pages if not page.is_reduced), pages[0])
         if page.photometric not in _SPACES or page.compression in _JPEGS:
@@ -124,17 +121,6 @@ def write(
     for tag, free in _DIRECTORIES.items():
         if directory := tags.get_ifd(tag):
             _append(file, tag, free, directory, big)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without tifffile's own lines in the log: what is wrong with a file, our error tells."""
-    log = logging.getLogger("tifffile")
-    was, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = was
 
 
 def _check_kind(page: Any) -> None:

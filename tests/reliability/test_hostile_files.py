@@ -43,6 +43,14 @@ def _inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
+@pytest.fixture
+def unlogged():
+    """pytest would keep every warning, and with its error what was read."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
 def refused(path: Path, data: bytes) -> str:
     """The message that a checkpoint is refused with; that nothing else happens is checked."""
     path.write_bytes(data)
@@ -65,9 +73,7 @@ LONG = (pytest.mark.slow, pytest.mark.timeout(7200))
         pytest.param("picture", 50_000, marks=LONG),
     ],
 )
-def test_any_damage(folder, target, count, monkeypatch):
-    # pytest would keep every warning, and with its error what was read
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+def test_any_damage(folder, target, count, unlogged):
     make, read, error, limit = fuzz.TARGETS[target]
     path = folder / "input"
     with fuzz.bounded_memory():
