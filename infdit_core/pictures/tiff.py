@@ -28,7 +28,7 @@ _XMP, _IPTC, _ICC_PROFILE = 700, 33723, 34675
 _ASCII, _LONG, _UNDEFINED = 2, 4, 7
 _DIRECTORIES = {34665: 34664, 34853: 34852}
 """EXIF and GPS, and the free number that stands for each until tifffile is done: it writes none."""
-_COMPRESSIONS = {
+COMPRESSIONS = {
     1: "none", 2: "CCITT", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 8: "deflate",
     32773: "PackBits", 32946: "deflate", 34925: "LZMA", 50000: "Zstandard",
 }  # fmt: skip
@@ -129,8 +129,8 @@ def _check_kind(page: Any) -> None:
         raise ValueError(f"its {bits} bits per channel have a sign; expected unsigned ones")
     if kind not in (_UNSIGNED, _FLOAT, None) or bits > 32 or (kind == _FLOAT and bits < 16):
         raise ValueError(f"it has {bits} bits per channel of kind {kind}; expected 1 to 32")
-    if page.compression not in _COMPRESSIONS:
-        known = ", ".join(dict.fromkeys(_COMPRESSIONS.values()))
+    if page.compression not in COMPRESSIONS:
+        known = ", ".join(dict.fromkeys(COMPRESSIONS.values()))
         raise ValueError(f"its compression is {page.compression!s:.40}; expected {known}")
     if page.imagedepth != 1 or page.samplesperpixel < _COLOURS[_SPACES[page.photometric]]:
         raise ValueError(f"expected a picture; its shape is {page.shape}")

@@ -11,7 +11,8 @@ import pytest
 from tests.browser.files import PICTURE
 from tools.browser import EXAMPLES, boxes, nodes_2, open_workflow, run_workflow, settle
 from tools.comfy_server import ROOT
-from tools.make_workflows import BLUEPRINT, EXAMPLES_OF, MAX_WIDTH, SUBGRAPHS
+from tools.make_workflows import BLUEPRINT, EXAMPLES_OF, SUBGRAPHS
+from tools.workflow_layout import MAX_WIDTH
 
 pytestmark = [pytest.mark.comfy, pytest.mark.browser, pytest.mark.slow]
 

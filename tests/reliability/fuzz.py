@@ -16,9 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
+import tifffile
+
 from infdit_core.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from infdit_core.checkpoints.load import check, load_model, read_config
 from infdit_core.checkpoints.names import network_state_dict
+from infdit_core.pictures import tiff
 from infdit_core.pictures.files import ImageError, read_image
 from tests.reliability import hostile, hostile_pictures
 
@@ -155,6 +158,10 @@ def warm_up(folder: Path) -> None:
     """Whole files first: what they import and allocate once is no finding."""
     for codec in ("cp437", "raw_unicode_escape", "unicode_escape", "latin-1", "ascii", "utf-8"):
         codecs.lookup(codec)
+    for number in tiff.COMPRESSIONS:
+        tifffile.TIFF.DECOMPRESSORS[number]
+    for number in (2, 3, 34892, 34893, 34894, 34895):
+        tifffile.TIFF.UNPREDICTORS[number]
     for name, whole in (
         ("a.pt", hostile.whole_pt()),
         ("a.safetensors", hostile.whole_safetensors()),
