@@ -38,7 +38,7 @@ def fill_invisible(image: Tensor, wrap: str = "none") -> Tensor:
     if not unfinished.any():
         return image
     filled = image.clone()
-    for i in unfinished.nonzero()[:, 0].tolist():
+    for i in (i for i in range(len(image)) if unfinished[i]):
         pixels = filled[i : i + 1].permute(0, 3, 1, 2)  # (1, 4, H, W), a view
         cells = torch.cat([_cells(pixels, rows) for rows in _strips(pixels)], dim=-2)
         found = _padded(_visible(cells, wrap), wrap)

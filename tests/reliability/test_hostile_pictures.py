@@ -56,7 +56,7 @@ def test_only_formats_that_decode_are_opened(refused):
 @pytest.mark.parametrize("depth", [8, 16])
 def test_a_picture_larger_than_the_memory_is_not_decoded(refused, monkeypatch, depth):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1e9)
-    monkeypatch.setattr(png_format, "_pixels", None)
+    monkeypatch.setattr(png_format, "_decode", None)
     assert refused(png(9000, 9500, depth)) == (
         "a.png is too large to read: 9000×9500 px need at least 1.0 GB of RAM; 1.0 GB are"
         " free. Expected a smaller picture"
@@ -66,7 +66,7 @@ def test_a_picture_larger_than_the_memory_is_not_decoded(refused, monkeypatch, d
 @pytest.mark.parametrize("depth", [8, 16])
 @pytest.mark.parametrize("side", [100_000, 2**31 - 1])
 def test_declared_sizes_that_nobody_means(refused, monkeypatch, side, depth):
-    monkeypatch.setattr(png_format, "_pixels", None)
+    monkeypatch.setattr(png_format, "_decode", None)
     assert "a.png is too large to read: " in refused(png(side, side, depth))
 
 
