@@ -21,6 +21,11 @@ showpage
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm(tmp_path_factory):
+    fuzz.warm_up(tmp_path_factory.mktemp("warm"))
+
+
 @pytest.fixture
 def refused(tmp_path):
     def read(data: bytes) -> str:
