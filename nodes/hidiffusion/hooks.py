@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,6 +200,7 @@ def install(changes: Changes, options: dict[str, Any]) -> dict[str, Any]:
     is undone in the right order.
     """
     patches = dict(options.get("patches", {}))
+    replace = dict(options.get("patches_replace", {}))
 
     def add(name: str, hook: Any, first: bool = False) -> None:
         others = patches.get(name, [])
@@ -212,7 +214,12 @@ def install(changes: Changes, options: dict[str, Any]) -> dict[str, Any]:
     if changes.windows:
         add("attn1_patch", _split)
         add("attn1_output_patch", _join, first=True)
-    return {**options, "patches": patches, KEY: changes}
+    if changes.rad or changes.pool:
+        replace["attn1"] = {
+            block: partial(_sag, patch) if _is_sag(patch) else patch
+            for block, patch in replace.get("attn1", {}).items()
+        }
+    return {**options, "patches": patches, "patches_replace": replace, KEY: changes}
 
 
 def _downsample(layer, x, emb, context, options, *args):
@@ -257,6 +264,31 @@ def _split(q, k, v, options):
 def _join(n, options):
     windows = options.get(_OPEN)
     return n if windows is None else windows.join(n)
+
+
+def _is_sag(patch: Any) -> bool:
+    return getattr(patch, "__qualname__", "").startswith("SelfAttentionGuidance.")
+
+
+def _sag(record, q, k, v, options):
+    """Self-Attention Guidance, which records the attention of `q` to `k`, (B, H·W, C), as it works.
+
+    It finds the map's height and width from the latent's, and fails where what shrinks the
+    features has rounded too much away. So it records a second time, at the plain UNet's size.
+    """
+    out = record(q, k, v, options)
+    height, width = size = tuple(options["activations_shape"][-2:])
+    shape = options["original_shape"]
+    plain = feature_sizes(options[KEY].family, (shape[-2], shape[-1]), False, False).middle
+    recorded = 1 in options["cond_or_uncond"]  # it looks at the negative prompt's alone
+    # Other numbers of tokens: as in _split.
+    if recorded and size != plain and q.shape[1] == k.shape[1] == height * width:
+        q, k = (
+            F.interpolate(tokens.mT.unflatten(2, size), plain).flatten(2).mT  # (B, H·W, C)
+            for tokens in (q, k)
+        )
+        record(q, k, k, options)
+    return out
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.hidiffusion.models import residuals, sample
+from tests.hidiffusion.models import base_model, residuals, sample
 
 pytestmark = pytest.mark.comfy
 
@@ -78,6 +78,44 @@ def test_hypertile_wins_where_it_tiles(sdxl, apply, caplog, first):
     torch.testing.assert_close(result, sample(tile(sdxl), steps=3, size=(64, 64)))
 
 
+BOTH_SHRINKINGS = {"rau_net": "normal", "preset": "custom", "t1": 1.0, "t2": 1.0}
+
+
+def sag(model):
+    return core_node("nodes_sag", "SelfAttentionGuidance").execute(model, 0.5, 2.0).args[0]
+
+
+# Middles of 2×1 and 2×2 tokens, for which core finds no height and width.
+@pytest.mark.parametrize("size", [(40, 24), (52, 33)])
+def test_self_attention_guidance_gets_a_map_of_the_plain_size(comfy, apply, monkeypatch, size):
+    nodes_sag = importlib.import_module("comfy_extras.nodes_sag")
+    blur, maps = nodes_sag.create_blur_map, []
+
+    def look(x0, attention, *args):
+        maps.append(tuple(attention.shape[1:]))
+        return blur(x0, attention, *args)
+
+    monkeypatch.setattr(nodes_sag, "create_blur_map", look)
+    model, settings = base_model("sd15"), BOTH_SHRINKINGS | {"t1": 0.5, "t2": 0.5}
+    before, after = apply(sag(model), **settings), sag(apply(model, **settings))
+    result = sample(before, steps=2, size=size)
+    tokens = -(-size[0] // 8) * -(-size[1] // 8)
+    assert maps == [(tokens, tokens)] * 2, "in a shrunk step and in a plain one"
+    assert torch.equal(sample(after, steps=2, size=size), result)
+    assert result.isfinite().all()
+
+
+def test_self_attention_guidance_is_unchanged_where_core_reads_its_map(hi, apply, monkeypatch):
+    """Latents of 64×64 have a middle of 2×2 in place of 8×8: exactly enlarged, so the same mask."""
+    model = base_model("sd15")
+    both = sag(apply(model, **BOTH_SHRINKINGS))
+    result = sample(both, steps=1, size=(64, 64))
+    plain = sample(apply(model, **BOTH_SHRINKINGS), steps=1, size=(64, 64))
+    assert (result - plain).norm() > 0.01 * plain.norm(), "it has its effect"
+    monkeypatch.setattr(hi, "_is_sag", lambda patch: False)
+    torch.testing.assert_close(sample(both, steps=1, size=(64, 64)), result)
+
+
 def ip_adapter(model, seen):
     """Attends to a picture as well in every cross-attention, where a mask allows."""
     model = model.clone()
@@ -104,7 +142,7 @@ def ip_adapter(model, seen):
 
 def test_ip_adapter_and_freeu_keep_working(sdxl, apply):
     free = core_node("nodes_freelunch", "FreeU_V2")
-    settings = {"rau_net": "normal", "preset": "custom", "t1": 1.0, "t2": 1.0}
+    settings = BOTH_SHRINKINGS
     seen = set()
 
     def adapt(model):
@@ -147,7 +185,7 @@ def test_other_patches_keep_working(sdxl, apply):
         model.set_model_forward_timestep_embed_patch((Downsample, downsample))
         return model
 
-    settings = {"rau_net": "normal", "preset": "custom", "t1": 1.0, "t2": 1.0}
+    settings = BOTH_SHRINKINGS
     results = []
     for both in (apply(dress(sdxl), **settings), dress(apply(sdxl, **settings))):
         called.clear()
