@@ -37,6 +37,7 @@ ROOM = {
     "InfDiTSampler": 260,
     "InfDiTUpscaleFolder": 260,
     "KSampler": 200,
+    "DiffuseHigh": 200,
 }
 """px below the widgets of a node for the picture that it shows during or after a run."""
 STYLES = 40
@@ -112,6 +113,29 @@ EXAMPLES_OF = {
         " *auto* finds the right steps for SDXL; SD 1.5 works too, at 1024×1024. Take a sampler"
         " that adds noise, such as euler_ancestral, and 20 to 50 steps. 8192×8192 takes its time:"
         " `upscale_by` 2 gives 4096×4096, the preset *fast* takes a third of the evaluations.",
+        (
+            Row("1 Draw", (("1", "5"), ("2", "3"), ("4",), ("6",), ("7", "8"))),
+            Row("2 Upscale", ((NOTE,), ("9",), ("10",), ("11",))),
+        ),
+    ),
+    "SDXL to 2K with DiffuseHigh, then Inf-DiT to 8K": Example(
+        "sdxl_diffusehigh_8k",
+        "**SDXL draws 1024×1024, DiffuseHigh draws it again at 1536 and 2048, Inf-DiT makes"
+        " 8192×8192 of it.**\n\nDiffuseHigh keeps the large forms of the first picture and adds"
+        " detail; it can begin with any finished picture, too. `cfg` 10 is right for SDXL itself;"
+        " distilled models want their own. For a quick look set `scales` to *1.5* and `upscale_by`"
+        " to 2.",
+        (
+            Row("1 Draw", (("1", "4"), ("2", "3"), ("5", "6"), ("7",), ("8",))),
+            Row("2 Upscale", ((NOTE,), ("9",), ("10",), ("11",))),
+        ),
+    ),
+    "SDXL 2048 with Upsample Guidance, then Inf-DiT to 8K": Example(
+        "sdxl_upsample_guidance_8k",
+        "**SDXL draws 2048×2048 in one pass, Inf-DiT makes 8192×8192 of it.**\n\nIn the first,"
+        " noisy steps Upsample Guidance also draws the picture at its native size, which leads the"
+        " composition. Any sampler and scheduler will do. SD 1.5 works too, at 1024×1024."
+        " `upscale_by` 2 gives 4096×4096.",
         (
             Row("1 Draw", (("1", "5"), ("2", "3"), ("4",), ("6",), ("7", "8"))),
             Row("2 Upscale", ((NOTE,), ("9",), ("10",), ("11",))),
