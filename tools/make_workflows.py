@@ -28,7 +28,7 @@ SDXL_URL = (
     "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + CHECKPOINT
 )
 CORE_VERSION = "0.30.0"
-OWN_PREFIXES = ("InfDiT", "HiDiffusion")
+OWN_PREFIXES = ("InfDiT", "HiDiffusion", "UpsampleGuidance")
 MAX_WIDTH = 1700
 """px; a wider graph opens so small that the interface draws no text."""
 SCREEN = 1700, 880
