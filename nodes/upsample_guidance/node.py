@@ -222,6 +222,8 @@ def low_options(options: dict[str, Any], m: int) -> dict[str, Any]:
     low = copy_nested_dicts(options) | {LOW_BRANCH: True}
     if low.get("sigmas") is not None:
         low["sigmas"] = low["sigmas"] / m
+    # EasyCache compares a call with the one before, which must be of the same size.
+    low.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}).pop("easycache", None)
     return low
 
 

@@ -145,3 +145,12 @@ def test_self_attention_guidance_and_freeu_keep_working(sdxl, apply):
         assert torch.equal(sample(after, steps=2, size=SIZE), result)
         assert result.isfinite().all()
         assert not torch.allclose(result, plain)
+
+
+def test_easycache_skips_large_evaluations_alone(sdxl, apply):
+    cache = core_node("nodes_easycache", "EasyCacheNode")
+    cached = cache.execute(apply(sdxl), 0.5, 0.15, 0.95, False).args[0]
+    seen = watch(cached)  # its wrapper comes first: it leaves out what would be seen here
+    assert sample(cached, steps=12, size=SIZE).isfinite().all()
+    assert sum(low for *_, low in seen) == 7, "every guided step of the twelve"
+    assert sum(not low for *_, low in seen) < 12
