@@ -113,7 +113,10 @@ class Guided:
         sizes = dict(zip(_feature_sizes(self.size), _feature_sizes(self.low), strict=False))
 
         def fit(residual: torch.Tensor | None) -> torch.Tensor | None:
-            size = None if residual is None else sizes.get((*residual.shape[-2:],))
+            if residual is None:
+                return None
+            h, w = residual.shape[-2:]
+            size = sizes.get((h, w))
             return F.interpolate(residual, size, mode="bicubic") if size else residual
 
         return {name: [fit(residual) for residual in part] for name, part in control.items()}

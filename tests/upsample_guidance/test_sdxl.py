@@ -1,4 +1,7 @@
-"""Upsample Guidance on SDXL's own network with random weights, small latent. 6 GB, 3 minutes."""
+"""Upsample Guidance on SDXL's own network with random weights, a small latent.
+
+5.1 GB of weights; 103 seconds on a core that other work shared.
+"""
 
 import psutil
 import pytest
@@ -35,6 +38,7 @@ def network(comfy):
 
 def test_a_run_through_ksampler(network, apply, hidiffusion):
     from comfy.patcher_extension import WrappersMP
+
     from nodes import KSampler
 
     patched = hidiffusion(apply(network, low_size_cond="low"))
