@@ -9,6 +9,7 @@ from .infdit.guidance import InfDiTGuidance
 from .infdit.loader import InfDiTCheckpointLoader, InfDiTCLIPLoader
 from .infdit.sampler import InfDiTSampler
 from .infdit.schedule import InfDiTSchedule
+from .upsample_guidance.node import UpsampleGuidance
 
 
 class InfDiTExtension(ComfyExtension):
@@ -22,5 +23,6 @@ class InfDiTExtension(ComfyExtension):
             InfDiTDecode,
             InfDiTSchedule,
             HiDiffusion,
+            UpsampleGuidance,
             InfDiTUpscaleFolder,
         ]

@@ -17,6 +17,11 @@ Guidance = io.Custom("INFDIT_GUIDANCE")
 CanvasType = io.Custom("INFDIT_CANVAS")
 """An `infdit_core.Canvas`: where the picture lies on the padded target."""
 
+UPSAMPLE_SCALE = "upsample_guidance_scale"
+"""Key in `transformer_options`: by how much a run's second call is smaller; 1: there is none."""
+LOW_BRANCH = "upsample_guidance_low"
+"""Key in `transformer_options`: True in that call, which is at the model's native size."""
+
 
 _T = TypeVar("_T")
 

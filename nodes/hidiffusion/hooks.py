@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
 
+from ..common import LOW_BRANCH, UPSAMPLE_SCALE
 from .rules import (
     Family,
     FeatureSizes,
@@ -61,6 +62,8 @@ class Run:
     """False for a part of a schedule that several nodes share."""
     controlnet: bool = False
     deep_shrink: bool = False
+    guided: bool = False
+    """Upsample Guidance keeps the composition whole."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ class Patch:
     def phases(self, size: Size, run: Run) -> Phases:
         """The phases of RAU-Net for a latent of `size`."""
         auto = self.rau_net == Mode.AUTO
-        if self.rau_net == Mode.OFF or run.deep_shrink or (auto and self.family.is_native(size)):
+        if self.rau_net == Mode.OFF or run.deep_shrink:
+            return Phases()
+        if auto and (run.guided or self.family.is_native(size)):
             return Phases()
         aggressive = self.rau_net == Mode.AGGRESSIVE or (
             auto and not self.family.is_large(size) and not self.gentle
@@ -117,6 +122,7 @@ class Patch:
                 for patch in patches.get(name, ())
                 if hasattr(patch, "__qualname__")
             ),
+            guided=options.get(UPSAMPLE_SCALE, 1) > 1,
         )
         if run.deep_shrink and self.rau_net != Mode.OFF:
             log.warning(
@@ -165,7 +171,7 @@ class Patch:
         sigmas = [] if levels is None else levels.tolist()
         step = step_index(sigma, sigmas)
         size = x.shape[-2], x.shape[-1]
-        times = self.phases(size, run)
+        times = Phases() if options.get(LOW_BRANCH) else self.phases(size, run)
         if self.by_sigma or not run.whole or len(sigmas) < 2:
             part = model_sampling.percent_to_sigma
             rad, pool = (

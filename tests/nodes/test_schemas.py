@@ -118,6 +118,7 @@ ON_THE_FACE = {
     "InfDiTSampler": {"upscale_by", "seed", "preset", "denoise"},
     "InfDiTSchedule": {"schedule"},
     "HiDiffusion": {"preset", "window_attention"},
+    "UpsampleGuidance": {"scale", "theta", "eta"},
 }
 
 

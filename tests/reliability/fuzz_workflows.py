@@ -20,7 +20,8 @@ from tools.comfy_server import ComfyError, ComfyServer
 CANCEL_SECONDS = 2.0
 LIMIT_SECONDS = 120
 CHECK_EVERY = 50
-OURS = ("Inf-DiT ", "Inf-DiT: ", "Load Inf-DiT ", "HiDiffusion: ")
+OURS = ("Inf-DiT ", "Inf-DiT: ", "Load Inf-DiT ", "HiDiffusion: ",
+        "Upsample Guidance: ")  # fmt: skip
 """What messages begin with."""
 SIGMAS = ("[]", "[1]", "[0, 40]", "[40, 10, 0]", "[40, NaN, 0]", "[Infinity, 0]", "[[1, 0]]", "3",
           "[1, 1, 0]", "[-1, -2]", "[1e38, 1e-38, 0]", "[40, 0]")  # fmt: skip
@@ -73,6 +74,12 @@ def plain(random: Random) -> dict[str, Any]:
                 image=["image", 0], negative="b", text_strength=random.choice((0.0, 1.0)),
             )  # fmt: skip
             upscale["guidance"] = ["guidance", 0]
+        case 3:
+            graph["upsample guidance"] = node(
+                "UpsampleGuidance", model=["load", 0], scale="auto", theta=1.0, eta=0.6, ramp=0.0,
+                low_size_cond="same",
+            )  # fmt: skip
+            upscale["model"] = ["upsample guidance", 0]
     return graph
 
 
@@ -141,7 +148,7 @@ def run(server: ComfyServer, seeds: range) -> tuple[Counter[str], list[str]]:
     outcomes, findings = Counter(), []
     reference = picture(server, 0)
     info = {name: part for name, part in server.object_info().items()
-            if name.startswith(("InfDiT", "HiDiffusion"))}  # fmt: skip
+            if name.startswith(("InfDiT", "HiDiffusion", "UpsampleGuidance"))}  # fmt: skip
     for seed in seeds:
         random = Random(seed)
         graph = plain(random)

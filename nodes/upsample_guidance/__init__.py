@@ -1,0 +1,1 @@
+"""Upsample Guidance as a node of ComfyUI."""
