@@ -278,7 +278,7 @@ def _picture(image: Any) -> torch.Tensor:
         )
     if image.shape[-1] > 3:
         log.info("DiffuseHigh: the picture's alpha is dropped.")
-    return image[..., :3].movedim(-1, 1).float()
+    return image[..., :3].movedim(-1, 1).float().contiguous()
 
 
 def _sizes(scales: str, size: Size, multiple: int) -> list[Size]:

@@ -33,6 +33,7 @@ class Codec:
         self.vae = vae
         self.tile = tile
 
+    @torch.inference_mode()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w) in the VAE's scale to (B, 3, 8·h, 8·w) in [0, 1], float32."""
         vae = self.vae

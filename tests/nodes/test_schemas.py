@@ -118,6 +118,8 @@ ON_THE_FACE = {
     "InfDiTSampler": {"upscale_by", "seed", "preset", "denoise"},
     "InfDiTSchedule": {"schedule"},
     "HiDiffusion": {"preset", "window_attention"},
+    "DiffuseHigh": {"scales", "cfg", "guided_steps", "seed"},
+    "DiffuseHighGuidance": {"guided_steps"},
 }
 
 
