@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .diffusehigh.node import DiffuseHigh, DiffuseHighGuidance
 from .hidiffusion.node import HiDiffusion
 from .infdit.advanced import InfDiTConditioning, InfDiTDecode
 from .infdit.folder import InfDiTUpscaleFolder
@@ -22,6 +23,8 @@ class InfDiTExtension(ComfyExtension):
             InfDiTConditioning,
             InfDiTDecode,
             InfDiTSchedule,
+            DiffuseHighGuidance,
+            DiffuseHigh,
             HiDiffusion,
             UpsampleGuidance,
             InfDiTUpscaleFolder,

@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from ..infdit_core.errors import InfDiTError
 
 CATEGORY = "image/upscaling/Inf-DiT"
+RAU_NET_OFF = "hidiffusion_rau_net_off"
+"""Key in `transformer_options`: True where HiDiffusion shall use window attention alone."""
 
 Clip = io.Custom("INFDIT_CLIP")
 """A `clip.PatchedClip`: a CLIP tower under ComfyUI's memory management."""

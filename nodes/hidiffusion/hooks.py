@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
 
-from ..common import LOW_BRANCH, UPSAMPLE_SCALE
+from ..common import LOW_BRANCH, RAU_NET_OFF, UPSAMPLE_SCALE
 from .rules import (
     Family,
     FeatureSizes,
@@ -134,9 +134,13 @@ class Patch:
                 "HiDiffusion: another node, such as HyperTile, rearranges self-attention and wins"
                 " where it does; window attention works in the other layers."
             )
-        self._describe(tuple(noise.shape[-2:]), run, len(sigmas) - 1)
+        self._under(options)._describe(tuple(noise.shape[-2:]), run, len(sigmas) - 1)
         options[_RUN] = run
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    def _under(self, options: dict) -> Patch:
+        """The patch as other nodes want it, by a flag in transformer_options."""
+        return replace(self, rau_net=Mode.OFF) if options.get(RAU_NET_OFF) else self
 
     def _describe(self, size: Size, run: Run, count: int) -> None:
         def when(phase: Phase) -> str:
@@ -159,7 +163,8 @@ class Patch:
     ):  # fmt: skip
         """APPLY_MODEL: one evaluation, of `x` (B, C, H, W) at noise level `t` (B,)."""
         options = dict(transformer_options or {})
-        changes = self.changes(x, float(t.flatten()[0]), options, executor.class_obj.model_sampling)
+        own = self._under(options)
+        changes = own.changes(x, float(t.flatten()[0]), options, executor.class_obj.model_sampling)
         options = install(changes, options)
         control = fit_control(changes, control)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

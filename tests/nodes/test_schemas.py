@@ -119,6 +119,8 @@ ON_THE_FACE = {
     "InfDiTSchedule": {"schedule"},
     "HiDiffusion": {"preset", "window_attention"},
     "UpsampleGuidance": {"scale", "theta", "eta"},
+    "DiffuseHigh": {"scales", "cfg", "guided_steps", "seed"},
+    "DiffuseHighGuidance": {"guided_steps"},
 }
 
 

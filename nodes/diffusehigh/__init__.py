@@ -1,0 +1,1 @@
+"""DiffuseHigh as nodes of ComfyUI."""
