@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..infdit_core.errors import InfDiTError
 
 CATEGORY = "image/upscaling/Inf-DiT"
-RAU_NET_OFF = "hidiffusion_rau_net_off"
-"""Key in `transformer_options`: True where HiDiffusion shall use window attention alone."""
 
 Clip = io.Custom("INFDIT_CLIP")
 """A `clip.PatchedClip`: a CLIP tower under ComfyUI's memory management."""
@@ -19,11 +19,13 @@ Guidance = io.Custom("INFDIT_GUIDANCE")
 CanvasType = io.Custom("INFDIT_CANVAS")
 """An `infdit_core.Canvas`: where the picture lies on the padded target."""
 
+# What patches of one model tell each other in `transformer_options`
+RAU_NET_OFF = "hidiffusion_rau_net_off"
+"""True where HiDiffusion shall use window attention alone."""
 UPSAMPLE_SCALE = "upsample_guidance_scale"
-"""Key in `transformer_options`: by how much a run's second call is smaller; 1: there is none."""
+"""By how much a run's second call is smaller; 1: there is none."""
 LOW_BRANCH = "upsample_guidance_low"
-"""Key in `transformer_options`: True in that call, which is at the model's native size."""
-
+"""True in that call, which is at the model's native size."""
 
 _T = TypeVar("_T")
 
@@ -48,3 +50,15 @@ def require(value: object, kind: type[_T], message: str) -> _T:
     if not isinstance(value, kind):
         raise InfDiTError(f"{message}; got {type(value).__name__}")
     return value
+
+
+def require_unet(model: Any) -> UNetModel:
+    """The network of a MODEL of SDXL, SD 1.5 or SD 2.x; InfDiTError for any other."""
+    require(model, ModelPatcher, "expected a MODEL")
+    network = model.get_model_object("diffusion_model")
+    if isinstance(network, UNetModel):
+        return network
+    raise InfDiTError(
+        "expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got"
+        f" {type(model.model).__name__}, whose network is a {type(network).__name__}"
+    )

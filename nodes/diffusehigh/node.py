@@ -10,15 +10,13 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import VAE
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import RAU_NET_OFF, named_errors, require
+from ..common import RAU_NET_OFF, named_errors, require, require_unet
 from .guidance import Guidance, Settings, guided
 from .inputs import LATENT, MAX_SEED, TILES, guidance_inputs, guided_steps_input, tile_input
 from .rules import Size, stage_sizes
@@ -250,15 +248,9 @@ class DiffuseHigh(io.ComfyNode):
 
 def _check_model(model: Any, vae: Any) -> None:
     """InfDiTError unless it is a UNet of latents, and the VAE one for them."""
-    require(model, ModelPatcher, "expected a MODEL")
+    require_unet(model)
     require(vae, VAE, "expected a VAE")
     name = type(model.model).__name__
-    unet = model.get_model_object("diffusion_model")
-    if not isinstance(unet, UNetModel):
-        raise InfDiTError(
-            "expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got"
-            f" {name}, whose network is a {type(unet).__name__}"
-        )
     channels = model.model.latent_format.latent_channels
     cell = vae.spacial_compression_encode()
     if (vae.latent_channels, vae.latent_dim, cell) != (channels, 2, CELL):

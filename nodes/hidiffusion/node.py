@@ -9,12 +9,11 @@ from typing import Any
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.model_base import ModelType
-from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import named_errors, require
+from ..common import named_errors, require_unet
 from .hooks import KEY, Mode, Patch
 from .rules import SD15, SDXL, SDXL_TURBO, Family, Ratios
 
@@ -169,15 +168,8 @@ class HiDiffusion(io.ComfyNode):
 
 def _family(model: Any, preset: str) -> Family:
     """The kind of UNet that `model` is, by its blocks; InfDiTError if it is none of ours."""
-    require(model, ModelPatcher, "expected a MODEL")
-    unet = model.get_model_object("diffusion_model")
+    layout = _layout(require_unet(model))
     name = type(model.model).__name__
-    if not isinstance(unet, UNetModel):
-        raise InfDiTError(
-            "expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got"
-            f" {name}, whose network is a {type(unet).__name__}"
-        )
-    layout = _layout(unet)
     found = next((family for family in (SDXL, SD15) if family.layout == layout), None)
     if found is None:
         raise InfDiTError(

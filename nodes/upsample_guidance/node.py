@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from comfy import latent_formats, model_base, model_sampling
 from comfy.ldm.modules.attention import SpatialVideoTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import LOW_BRANCH, UPSAMPLE_SCALE, named_errors, require
+from ..common import LOW_BRANCH, UPSAMPLE_SCALE, named_errors, require_unet
 from .rules import SCALES, Guided, Size, Window, auto_scale, divide_lengths
 
 log = logging.getLogger(__name__)
@@ -252,22 +251,19 @@ def native_side(model: Any) -> int:
 
     Told from the latents' format: SDXL, with its distilled and pruned kinds, or SD 1.5 and SD 2.x.
     """
-    require(model, ModelPatcher, "expected a MODEL")
-    unet, name = model.get_model_object("diffusion_model"), type(model.model).__name__
-    kind = f"whose network is a {type(unet).__name__}"
-    if isinstance(unet, UNetModel):
-        latents = model.get_model_object("latent_format")
-        if any(isinstance(layer, SpatialVideoTransformer) for layer in unet.modules()):
-            kind = "whose UNet draws videos"
-        elif isinstance(latents, latent_formats.SDXL | latent_formats.SDXL_Playground_2_5):
-            return 128
-        elif isinstance(latents, latent_formats.SD15):
-            # SD 2.1 for 768 px is the one with v-prediction.
-            return 96 if model.model.model_type == model_base.ModelType.V_PREDICTION else 64
-        else:
-            kind = f"whose latents are of the format {type(latents).__name__}"
+    unet, latents = require_unet(model), model.get_model_object("latent_format")
+    if any(isinstance(layer, SpatialVideoTransformer) for layer in unet.modules()):
+        kind = "whose UNet draws videos"
+    elif isinstance(latents, latent_formats.SDXL | latent_formats.SDXL_Playground_2_5):
+        return 128
+    elif isinstance(latents, latent_formats.SD15):
+        # SD 2.1 for 768 px is the one with v-prediction.
+        return 96 if model.model.model_type == model_base.ModelType.V_PREDICTION else 64
+    else:
+        kind = f"whose latents are of the format {type(latents).__name__}"
     raise InfDiTError(
-        f"expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got {name}, {kind}"
+        "expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got"
+        f" {type(model.model).__name__}, {kind}"
     )
 
 
