@@ -1,5 +1,6 @@
 """The pack's own socket types, and what its nodes share in talking to users."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -62,3 +63,10 @@ def require_unet(model: Any) -> UNetModel:
         "expected a model with the UNet of SDXL, SD 1.5 or SD 2.x; got"
         f" {type(model.model).__name__}, whose network is a {type(network).__name__}"
     )
+
+
+def require_numbers(**values: float) -> None:
+    """InfDiTError for NaN and infinity, which pass ComfyUI's check of ranges."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InfDiTError(f"expected a number for {name}; got {value}")

@@ -37,7 +37,7 @@ def main() -> None:
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         if "nodes" in wanted:
-            for folder in sorted(HELP.glob("InfDiT*/")):
+            for folder in sorted(HELP.glob("*/")):
                 node(page, folder.name)
         if "interface" in wanted:
             mid_run(page, EXAMPLES / f"{START}.json", DOCS / "interface.png")

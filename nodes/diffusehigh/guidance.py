@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...infdit_core.errors import InfDiTError
-from ..common import named_errors
+from ..common import named_errors, require_numbers
 from .rules import (
     Size,
     blur_sigma,
@@ -52,6 +52,15 @@ class Settings:
     wavelet: str
     levels: int
     seed: int
+
+    def __post_init__(self) -> None:
+        require_numbers(
+            strength=self.strength,
+            fade=self.fade,
+            sharpen_alpha=self.alpha,
+            sharpen_sigma_min=self.sigma_min,
+            sharpen_sigma_max=self.sigma_max,
+        )
 
     def target(self, picture: torch.Tensor, size: Size, stage: int = 0) -> torch.Tensor:
         """`picture` (B, 3, H, W) enlarged to `size` and sharpened: what guides the sampler."""

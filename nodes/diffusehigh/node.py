@@ -16,7 +16,7 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import RAU_NET_OFF, named_errors, require, require_unet
+from ..common import RAU_NET_OFF, named_errors, require, require_numbers, require_unet
 from .guidance import Guidance, Settings, guided
 from .inputs import LATENT, MAX_SEED, TILES, guidance_inputs, guided_steps_input, tile_input
 from .rules import Size, stage_sizes
@@ -204,6 +204,7 @@ class DiffuseHigh(io.ComfyNode):
             guided_steps, strength, fade, guidance == LATENT, sharpen_alpha, sharpen_kernel,
             sharpen_sigma_min, sharpen_sigma_max, wavelet, levels, seed,
         )  # fmt: skip
+        require_numbers(cfg=cfg)
         model = _without_rau_net(model)
         sizes = _sizes(scales, base, 64 if _has_hidiffusion(model) else CELL)
         for size in sizes:

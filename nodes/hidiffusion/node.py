@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import named_errors, require_unet
+from ..common import named_errors, require_numbers, require_unet
 from .hooks import KEY, Mode, Patch
 from .rules import SD15, SDXL, SDXL_TURBO, Family, Ratios
 
@@ -145,6 +145,7 @@ class HiDiffusion(io.ComfyNode):
         seed: int,
         timing: str,
     ) -> io.NodeOutput:
+        require_numbers(t1=t1, t2=t2, aggressive_ratio=aggressive_ratio)
         patch = Patch(
             family=_family(model, preset),
             rau_net=Mode(rau_net),

@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import LOW_BRANCH, UPSAMPLE_SCALE, named_errors, require_unet
+from ..common import LOW_BRANCH, UPSAMPLE_SCALE, named_errors, require_numbers, require_unet
 from .rules import SCALES, Guided, Size, Window, auto_scale, divide_lengths
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ class UpsampleGuidance(io.ComfyNode):
     def execute(
         cls, model, scale: str, theta: float, eta: float, ramp: float, low_size_cond: str
     ) -> io.NodeOutput:
+        require_numbers(theta=theta, eta=eta, ramp=ramp)
         patch = Patch(
             native=native_side(model),
             scale=None if scale == _AUTO else int(scale),

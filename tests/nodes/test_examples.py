@@ -75,7 +75,7 @@ def test_the_example_is_its_graph_with_complete_links_and_metadata(title):
         assert shown[key]["type"] == node["class_type"]
         found = {i["name"]: links[i["link"]] for i in shown[key]["inputs"] if i["link"] is not None}
         assert found == {k: v for k, v in node["inputs"].items() if isinstance(v, list)}, key
-        own = node["class_type"].startswith(("InfDiT", "HiDiffusion", "UpsampleGuidance"))
+        own = node["class_type"].startswith(("InfDiT", "HiDiffusion", "DiffuseHigh", "UpsampleGuidance"))
         properties = shown[key]["properties"]
         assert properties["cnr_id"] == ("comfyui-infdit" if own else "comfy-core")
         assert properties["ver"]

@@ -212,3 +212,19 @@ def test_a_loader_that_comfyui_fails_is_named(comfy, load, monkeypatch):
     monkeypatch.setattr(loader, "load_patcher", fail)
     with pytest.raises(ValueError, match=r"Load Inf-DiT Checkpoint: .*fp8 layers.*Choose bf16"):
         load("tiny", "fp8 layers")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_patches_refuse_what_is_no_number(comfy, value):
+    """ComfyUI's check of ranges lets NaN pass."""
+    with pytest.raises(
+        ValueError, match=f"Upsample Guidance: expected a number for eta; got {value}"
+    ):
+        comfy.nodes["UpsampleGuidance"].execute(None, "auto", 1.0, value, 0.0, "same")
+    with pytest.raises(ValueError, match=f"HiDiffusion: expected a number for t2; got {value}"):
+        comfy.nodes["HiDiffusion"].execute(
+            None, "auto", "auto", True, 0.4, value, 0.16, 0, "sampler steps"
+        )
+    settings = comfy.module("nodes.diffusehigh.guidance").Settings
+    with pytest.raises(comfy.module("infdit_core.errors").InfDiTError, match="number for strength"):
+        settings(5, value, 0.0, False, 1.0, 3, 0.1, 2.0, "db4", 1, 0)
