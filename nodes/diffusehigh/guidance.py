@@ -110,7 +110,7 @@ class Run:
             return swap_low_band(denoised, self.low.to(denoised), *band)
         model = self.guider.model_patcher.model
         picture = self.codec.decode(model.process_latent_out(denoised))
-        latent = self.codec.encode(swap_low_band(picture, self.low, *band))
+        latent = self.codec.encode(swap_low_band(picture, self.low.to(picture), *band))
         load_again(self.guider, self.shape)
         return model.process_latent_in(latent.to(denoised))
 

@@ -158,7 +158,7 @@ def stage_sizes(scales: str, size: Size, multiple: int) -> list[Size]:
     )
     sizes: list[Size] = []
     for word in filter(None, re.split(r"[,;\s]+", scales.strip())):
-        if match := re.fullmatch(r"(\d+)[x×](\d+)", word):
+        if match := re.fullmatch(r"(\d+)[xX×](\d+)", word):
             wanted = int(match[2]), int(match[1])
         elif re.fullmatch(r"\d+(\.\d*)?|\.\d+", word):
             wanted = float(word) * size[0], float(word) * size[1]

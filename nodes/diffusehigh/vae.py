@@ -22,11 +22,11 @@ _SMALLEST = 128
 
 
 class Codec:
-    """A VAE for one run: in one piece up to `tile` px, in overlapping tiles of that side beyond.
+    """A VAE in use: in one piece up to `tile` px, in overlapping tiles of that side beyond.
 
     A quarter of a tile overlaps and is blended linearly, as in the authors' code; one pass, where
     ComfyUI's own tiles take three, and without their progress bar. When memory runs out the tiles
-    become smaller, for the rest of the run; torch.OutOfMemoryError if the smallest are too large.
+    become smaller from then on; torch.OutOfMemoryError if the smallest are still too large.
     """
 
     def __init__(self, vae: Any, tile: int = PLAIN):

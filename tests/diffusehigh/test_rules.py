@@ -3,26 +3,32 @@
 import pytest
 import torch
 
-from tests.goldens import golden
+from tests.goldens import golden, golden_marks
 
 pytestmark = pytest.mark.comfy
 
-SWAPS = [k for k in golden("diffusehigh/functions.safetensors") if k.startswith("swap_")]
+FILE = "diffusehigh/functions.safetensors"
+SWAPS = [
+    pytest.param(key, marks=golden_marks(FILE, key))
+    for key in golden(FILE)
+    if key.startswith("swap_") and key.endswith("_symmetric")
+]
 
 
 @pytest.mark.parametrize("case", SWAPS)
 def test_the_low_band_is_that_of_the_authors_library(rules, case):
-    tensors = golden("diffusehigh/functions.safetensors")
+    tensors = golden(FILE)
     _, size, wavelet, levels, _ = case.split("_")
     image, reference = tensors[f"image_{size}"], tensors[f"reference_{size}"]
     low = rules.low_band(reference, wavelet, int(levels))
     if (name := f"LLref_{case[5:]}") in tensors:
-        torch.testing.assert_close(low, tensors[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(low[:, :1], tensors[name], rtol=0, atol=1e-5)
     found = rules.swap_low_band(image, low, wavelet, int(levels))
     # At odd sizes the library returns one row and column more.
     expected = tensors[case][..., : image.shape[-2], : image.shape[-1]]
-    assert (expected - image).abs().max() > 0.02
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    channels = expected.shape[1]  # of some cases one is recorded
+    assert (expected - image[:, :channels]).abs().max() > 0.02
+    torch.testing.assert_close(found[:, :channels], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("wavelet", ["db4", "haar", "db2", "sym4"])
@@ -57,7 +63,7 @@ def test_how_many_levels_fit(rules):
     [(3, "0.1", "1.0"), (3, "0.7", "1.0"), (3, "1.3", "0.5"), (5, "0.7", "2.0")],
 )
 def test_sharpening_is_the_authors(rules, kernel, sigma, alpha):
-    tensors = golden("diffusehigh/functions.safetensors")
+    tensors = golden(FILE)
     expected = tensors[f"sharpen_k{kernel}_s{sigma}_a{alpha}"]
     x = tensors["sharpen_input"]
     found = rules.sharpen(x, float(alpha), kernel, float(sigma))
@@ -67,7 +73,7 @@ def test_sharpening_is_the_authors(rules, kernel, sigma, alpha):
 
 @pytest.mark.parametrize("size", [(24, 30), (61, 99)])
 def test_enlarging_is_the_authors(rules, size):
-    tensors = golden("diffusehigh/functions.safetensors")
+    tensors = golden(FILE)
     found = rules.enlarge(tensors["sharpen_input"], size)
     assert torch.equal(found, tensors[f"bicubic_{size[0]}x{size[1]}"])
     assert rules.enlarge(found, size) is found
