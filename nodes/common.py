@@ -1,7 +1,7 @@
 """The pack's own socket types, and what its nodes share in talking to users."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ CanvasType = io.Custom("INFDIT_CANVAS")
 """An `infdit_core.Canvas`: where the picture lies on the padded target."""
 
 # What patches of one model tell each other in `transformer_options`
+HIDIFFUSION = "hidiffusion"
+"""Of HiDiffusion's wrappers, and of its `Changes` of an evaluation."""
 RAU_NET_OFF = "hidiffusion_rau_net_off"
 """True where HiDiffusion shall use window attention alone."""
 UPSAMPLE_SCALE = "upsample_guidance_scale"
@@ -70,3 +72,14 @@ def require_numbers(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise InfDiTError(f"expected a number for {name}; got {value}")
+
+
+def step_index(sigma: float, sigmas: Sequence[float]) -> int:
+    """The sampling step, from 0, that an evaluation at `sigma` belongs to.
+
+    sigmas: the falling noise levels of the run, one more than steps. A level between two of them
+    belongs to the step that starts above it, so samplers that evaluate twice a step stay in it.
+    """
+    # Samplers that work in log sigma come back to a level with a rounding error.
+    started = sum(level >= sigma * (1 - 1e-5) for level in sigmas[:-1])
+    return max(started - 1, 0)

@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...infdit_core.errors import InfDiTError
-from ..common import named_errors, require_numbers
+from ..common import named_errors, require_numbers, step_index
 from .rules import (
     Size,
     blur_sigma,
@@ -24,7 +24,6 @@ from .rules import (
     low_band,
     most_levels,
     sharpen,
-    step_index,
     strengths,
     swap_low_band,
 )

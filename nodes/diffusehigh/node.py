@@ -16,7 +16,7 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import RAU_NET_OFF, named_errors, require, require_numbers, require_unet
+from ..common import HIDIFFUSION, RAU_NET_OFF, named_errors, require, require_numbers, require_unet
 from .guidance import Guidance, Settings, guided
 from .inputs import LATENT, MAX_SEED, TILES, guidance_inputs, guided_steps_input, tile_input
 from .rules import Size, stage_sizes
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 _ALIASES = ["diffusehigh", "diffuse high", "high resolution", "hires fix", "progressive upscale",
             "wavelet", "dwt"]  # fmt: skip
 _BASE, _TARGET = "base", "target"
-_HIDIFFUSION = "hidiffusion"
-"""Key of HiDiffusion's wrappers."""
 _SIZE_KEYS = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
 """SDXL's size conditioning, in CONDITIONING."""
 
@@ -321,7 +319,7 @@ def _with_size(prompt: list, size: Size) -> list:
 
 
 def _has_hidiffusion(model: Any) -> bool:
-    return bool(model.get_wrappers(WrappersMP.APPLY_MODEL, _HIDIFFUSION))
+    return bool(model.get_wrappers(WrappersMP.APPLY_MODEL, HIDIFFUSION))
 
 
 def _without_rau_net(model: Any) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -129,17 +128,6 @@ def blur_sigma(seed: int, stage: int, low: float, high: float) -> float:
 def strengths(count: int, strength: float, fade: float) -> list[float]:
     """The strength of the guidance in each of its `count` steps."""
     return [strength * (1 - fade * i / count) for i in range(count)]
-
-
-def step_index(sigma: float, sigmas: Sequence[float]) -> int:
-    """The sampling step, from 0, that an evaluation at `sigma` belongs to.
-
-    sigmas: the falling noise levels of the run, one more than steps. A level between two of them
-    belongs to the step that starts above it, so samplers that evaluate twice a step stay in it.
-    """
-    # Samplers that work in log sigma come back to a level with a rounding error.
-    started = sum(level >= sigma * (1 - 1e-5) for level in sigmas[:-1])
-    return max(started - 1, 0)
 
 
 LARGEST_SCALE = 4

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
 
-from ..common import LOW_BRANCH, RAU_NET_OFF, UPSAMPLE_SCALE
+from ..common import HIDIFFUSION, LOW_BRANCH, RAU_NET_OFF, UPSAMPLE_SCALE, step_index
 from .rules import (
     Family,
     FeatureSizes,
@@ -32,13 +32,10 @@ from .rules import (
     official_ratios,
     phases,
     shift_quarters,
-    step_index,
 )
 
 log = logging.getLogger(__name__)
 
-KEY = "hidiffusion"
-"""Of our wrappers, and of the `Changes` in transformer_options."""
 _RUN = "hidiffusion_run"
 """Of the `Run` in transformer_options."""
 _OPEN = "hidiffusion_windows"
@@ -230,7 +227,7 @@ def install(changes: Changes, options: dict[str, Any]) -> dict[str, Any]:
             block: partial(_sag, patch) if _is_sag(patch) else patch
             for block, patch in replace.get("attn1", {}).items()
         }
-    return {**options, "patches": patches, "patches_replace": replace, KEY: changes}
+    return {**options, "patches": patches, "patches_replace": replace, HIDIFFUSION: changes}
 
 
 def _downsample(layer, x, emb, context, options, *args):
@@ -239,7 +236,7 @@ def _downsample(layer, x, emb, context, options, *args):
     Its taps then lie on every other pixel of the input, and nowhere else: it is the unchanged
     down-sampler on that half of the rows and columns.
     """
-    changes = options[KEY]
+    changes = options[HIDIFFUSION]
     if options["block"] == ("input", changes.family.rad):
         x = x[:, :, ::2, ::2]
     for kind, handler in options["patches"]["forward_timestep_embed_patch"]:
@@ -249,13 +246,13 @@ def _downsample(layer, x, emb, context, options, *args):
 
 
 def _pool(h, options):
-    if options["block"] == ("input", options[KEY].family.pool):
+    if options["block"] == ("input", options[HIDIFFUSION].family.pool):
         return F.avg_pool2d(h, 2, ceil_mode=True)
     return h
 
 
 def _unpool(h, skip, options):
-    here = options["block"] == ("output", options[KEY].family.unpool)
+    here = options["block"] == ("output", options[HIDIFFUSION].family.unpool)
     if here and skip is not None and h.shape[-2:] != skip.shape[-2:]:
         h = F.interpolate(h, skip.shape[-2:], mode="bicubic")
     return h, skip
@@ -263,7 +260,7 @@ def _unpool(h, skip, options):
 
 def _split(q, k, v, options):
     """MSW-MSA before self-attention: tokens (B, H·W, C) to windows (4·B, tokens, C)."""
-    windows = options[KEY].windows.get((*options["block"], options["block_index"]))
+    windows = options[HIDIFFUSION].windows.get((*options["block"], options["block_index"]))
     # Other numbers of tokens: another node has rearranged them, and stays in charge.
     if windows is None or any(tokens.shape[1] != windows.tokens for tokens in (q, k, v)):
         return q, k, v
@@ -290,7 +287,7 @@ def _sag(record, q, k, v, options):
     out = record(q, k, v, options)
     height, width = size = tuple(options["activations_shape"][-2:])
     shape = options["original_shape"]
-    plain = feature_sizes(options[KEY].family, (shape[-2], shape[-1]), False, False).middle
+    plain = feature_sizes(options[HIDIFFUSION].family, (shape[-2], shape[-1]), False, False).middle
     recorded = 1 in options["cond_or_uncond"]  # it looks at the negative prompt's alone
     # Other numbers of tokens: as in _split.
     if recorded and size != plain and q.shape[1] == k.shape[1] == height * width:

@@ -13,8 +13,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import named_errors, require_numbers, require_unet
-from .hooks import KEY, Mode, Patch
+from ..common import HIDIFFUSION, named_errors, require_numbers, require_unet
+from .hooks import Mode, Patch
 from .rules import SD15, SDXL, SDXL_TURBO, Family, Ratios
 
 log = logging.getLogger(__name__)
@@ -156,14 +156,14 @@ class HiDiffusion(io.ComfyNode):
             gentle=_is_gentle(model),
         )
         model = model.clone()
-        if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        if model.get_wrappers(WrappersMP.APPLY_MODEL, HIDIFFUSION):
             log.warning("HiDiffusion: the model has HiDiffusion already; this node wins over it.")
         for kind, wrapper in (
             (WrappersMP.OUTER_SAMPLE, patch.sample),
             (WrappersMP.APPLY_MODEL, patch.evaluate),
         ):
-            model.remove_wrappers_with_key(kind, KEY)
-            model.add_wrapper_with_key(kind, KEY, wrapper)
+            model.remove_wrappers_with_key(kind, HIDIFFUSION)
+            model.add_wrapper_with_key(kind, HIDIFFUSION, wrapper)
         return io.NodeOutput(model)
 
 

@@ -7,7 +7,6 @@ authors' code. Sizes are in latent pixels, blocks are numbered as in ComfyUI's U
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 Size = tuple[int, int]
@@ -132,17 +131,6 @@ def phases(family: Family, ratios: Ratios, aggressive: bool) -> Phases:
     if aggressive:
         return Phases(rad=Phase(0.0, ratios.aggressive), pool=Phase(ratios.aggressive, ratios.t1))
     return Phases(rad=Phase(0.0, ratios.t2), pool=Phase(0.0, ratios.t1))
-
-
-def step_index(sigma: float, sigmas: Sequence[float]) -> int:
-    """The sampling step, from 0, that an evaluation at `sigma` belongs to.
-
-    sigmas: the falling noise levels of the run, one more than steps. A level between two of them
-    belongs to the step that starts above it, so samplers that evaluate twice a step stay in it.
-    """
-    # Samplers that work in log sigma come back to a level with a rounding error.
-    started = sum(level >= sigma * (1 - 1e-5) for level in sigmas[:-1])
-    return max(started - 1, 0)
 
 
 def shift_quarters(seed: int, step: int, block: tuple[str, int], index: int) -> int:

@@ -96,12 +96,6 @@ def test_strengths_fade(rules):
     assert rules.strengths(0, 1.0, 1.0) == []
 
 
-def test_a_level_between_two_belongs_to_the_step_it_started_in(rules):
-    levels = [4.0, 2.0, 1.0, 0.0]
-    steps = [rules.step_index(s, levels) for s in (5.0, 4.0, 3.0, 2.0, 2.00001, 1.5, 1.0, 0.5)]
-    assert steps == [0, 0, 0, 1, 1, 1, 2, 2]
-
-
 def test_sizes_of_the_stages(rules):
     assert rules.stage_sizes("1.5, 2.0", (1024, 1024), 8) == [(1536, 1536), (2048, 2048)]
     assert rules.stage_sizes(" 1.5;2 \n 4", (832, 1216), 8) == [

@@ -93,15 +93,6 @@ def test_native_sizes(family, size, native):
     assert family.is_native(size) is native
 
 
-def test_steps_of_samplers_that_evaluate_once_or_twice():
-    sigmas = [10.0, 5.0, 2.0, 1.0, 0.0]
-    assert [schedule.step_index(s, sigmas) for s in sigmas[:-1]] == [0, 1, 2, 3]
-    assert [schedule.step_index(s, sigmas) for s in (7.0, 3.0, 1.5, 0.1)] == [0, 1, 2, 3]
-    assert schedule.step_index(5.00001, sigmas) == 1, "a rounding error is no step"
-    assert schedule.step_index(11.0, sigmas) == 0, "churned above the first level"
-    assert schedule.step_index(0.0, sigmas) == 3, "never past the last step"
-
-
 def test_shifts_are_uniform_and_keyed_by_everything():
     def draw(seed=1, step=2, block=("input", 4), index=0):
         return [schedule.shift_quarters(seed + i, step, block, index) for i in range(64)]

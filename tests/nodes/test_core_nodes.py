@@ -145,3 +145,13 @@ def test_a_weight_hook_on_the_conditioning(comfy, dynamic, load):
         result = ksampler(comfy, dynamic, image, 2, seed=3)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
     assert (result - ksampler(comfy, load("tiny")[0], image, 2, seed=3)).abs().max() > 1e-2
+
+
+def test_steps_of_samplers_that_evaluate_once_or_twice(comfy):
+    step_index = comfy.module("nodes.common").step_index
+    sigmas = [10.0, 5.0, 2.0, 1.0, 0.0]
+    assert [step_index(s, sigmas) for s in sigmas[:-1]] == [0, 1, 2, 3]
+    assert [step_index(s, sigmas) for s in (7.0, 3.0, 1.5, 0.1)] == [0, 1, 2, 3]
+    assert step_index(5.00001, sigmas) == 1, "a rounding error is no step"
+    assert step_index(11.0, sigmas) == 0, "churned above the first level"
+    assert step_index(0.0, sigmas) == 3, "never past the last step"

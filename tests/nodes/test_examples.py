@@ -8,7 +8,16 @@ from PIL import Image
 
 from tools.comfy_server import ROOT, ComfyError, ComfyServer
 from tools.dev import PHOTO, png_size
-from tools.make_workflows import API, BLUEPRINT, EXAMPLES_OF, EXPOSED, NOTE, START, SUBGRAPHS
+from tools.make_workflows import (
+    API,
+    BLUEPRINT,
+    EXAMPLES_OF,
+    EXPOSED,
+    NOTE,
+    OWN_PREFIXES,
+    START,
+    SUBGRAPHS,
+)
 
 pytestmark = pytest.mark.comfy
 
@@ -75,7 +84,7 @@ def test_the_example_is_its_graph_with_complete_links_and_metadata(title):
         assert shown[key]["type"] == node["class_type"]
         found = {i["name"]: links[i["link"]] for i in shown[key]["inputs"] if i["link"] is not None}
         assert found == {k: v for k, v in node["inputs"].items() if isinstance(v, list)}, key
-        own = node["class_type"].startswith(("InfDiT", "HiDiffusion", "DiffuseHigh", "UpsampleGuidance"))
+        own = node["class_type"].startswith(OWN_PREFIXES)
         properties = shown[key]["properties"]
         assert properties["cnr_id"] == ("comfyui-infdit" if own else "comfy-core")
         assert properties["ver"]
