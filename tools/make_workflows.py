@@ -126,8 +126,8 @@ EXAMPLES_OF = {
         " distilled models want their own. For a quick look set `scales` to *1.5* and `upscale_by`"
         " to 2.",
         (
-            Row("1 Draw", (("1", "4"), ("2", "3"), ("5", "6"), ("7",), ("8",))),
-            Row("2 Upscale", ((NOTE,), ("9",), ("10",), ("11",))),
+            Row("1 Draw", (("1", "4"), ("2", "3"), ("5",), ("6",), (NOTE,))),
+            Row("2 Draw larger, then upscale", (("7",), ("8",), ("9",), ("10",), ("11",))),
         ),
     ),
     "SDXL 2048 with Upsample Guidance, then Inf-DiT to 8K": Example(
