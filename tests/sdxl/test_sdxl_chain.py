@@ -1,8 +1,8 @@
-"""The SDXL example as it is, in a real ComfyUI on the CPU, with SDXL's network of random weights.
+"""The SDXL examples in a real ComfyUI on the CPU, with SDXL's network of random weights.
 
-Only what a CPU needs is changed: one step of SDXL instead of thirty, Inf-DiT's preset draft. The
-sizes stay, 1024 to 4096: 22 minutes on two cores that other work shared, 12 GB. `-m slow -s` shows
-the server's memory.
+Of "SDXL to 4K" only what a CPU needs is changed: one step of SDXL instead of thirty, Inf-DiT's
+preset draft. The sizes stay, 1024 to 4096: 22 minutes on two cores that other work shared, 12 GB.
+`-m slow -s` shows the server's memory. The examples that draw beyond SDXL's size run small.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from tests.reliability.workflows import node, pixels
+from tools.browser import CHECKPOINT
 from tools.comfy_server import ComfyServer, running_server
 from tools.make_workflows import API
 from tools.sdxl_checkpoint import write_checkpoint
@@ -45,8 +47,8 @@ def peak_gb(server: ComfyServer) -> float:
 
 
 @pytest.fixture(scope="module")
-def chain(comfy, comfy_source, tmp_path_factory) -> tuple[np.ndarray, np.ndarray, str]:
-    """SDXL's picture, the one that Inf-DiT makes of it, and the server's log."""
+def sdxl_server(comfy, comfy_source, tmp_path_factory) -> Iterator[ComfyServer]:
+    """A ComfyUI whose base holds a checkpoint of SDXL's shapes."""
     base = tmp_path_factory.mktemp("sdxl")
     disk, memory = shutil.disk_usage(base).free / 1e9, psutil.virtual_memory().available / 1e9
     if disk < DISK_GB or memory < MEMORY_GB:
@@ -54,10 +56,9 @@ def chain(comfy, comfy_source, tmp_path_factory) -> tuple[np.ndarray, np.ndarray
             f"Expected {DISK_GB} GB of free disk for the checkpoint and {MEMORY_GB} GB of free "
             f"memory for the server; got {disk:.1f} and {memory:.1f} GB."
         )
-    graph = workflow()
     folder = base / "models" / "checkpoints"
     folder.mkdir(parents=True)
-    checkpoint = folder / graph["1"]["inputs"]["ckpt_name"]
+    checkpoint = folder / CHECKPOINT
     # The UNet in the file's fp16, as on a GPU: ComfyUI would hold it in fp32 for a CPU.
     arguments = ["--cpu", "--fp16-unet"]
     python, threads = Path(sys.executable), os.cpu_count()
@@ -66,13 +67,53 @@ def chain(comfy, comfy_source, tmp_path_factory) -> tuple[np.ndarray, np.ndarray
         with running_server(
             python, comfy_source, base, arguments=arguments, threads=threads
         ) as server:
-            outputs = server.submit(graph, LIMIT_SECONDS)
-            (small,) = server.output_files({WATCH: outputs[WATCH]})
-            (large,) = server.output_files({SAVE: outputs[SAVE]})
-            print(f"\n{peak_gb(server):.1f} GB at most")
-            return pixels(small).float().numpy(), pixels(large).float().numpy(), server.log()
+            yield server
     finally:
         checkpoint.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def chain(sdxl_server) -> tuple[np.ndarray, np.ndarray, str]:
+    """SDXL's picture, the one that Inf-DiT makes of it, and the server's log."""
+    outputs = sdxl_server.submit(workflow(), LIMIT_SECONDS)
+    (small,) = sdxl_server.output_files({WATCH: outputs[WATCH]})
+    (large,) = sdxl_server.output_files({SAVE: outputs[SAVE]})
+    print(f"\n{peak_gb(sdxl_server):.1f} GB at most")
+    return pixels(small).float().numpy(), pixels(large).float().numpy(), sdxl_server.log()
+
+
+SMALL = {
+    "sdxl_hidiffusion_8k": {
+        "4": {"rau_net": "aggressive"},
+        "5": {"width": 256, "height": 192},
+        "6": {"steps": 7},
+    },
+    "sdxl_upsample_guidance_8k": {
+        "4": {"scale": "2"},
+        "5": {"width": 256, "height": 192},
+        "6": {"steps": 3},
+    },
+    "sdxl_diffusehigh_8k": {
+        "4": {"width": 128, "height": 96},
+        "5": {"steps": 2},
+        "7": {"last_steps": 2, "guided_steps": 1},
+    },
+}
+"""Changes of inputs for 256x192 px before Inf-DiT, by the example and the id of the node."""
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_examples_beyond_sdxl_s_size_run(sdxl_server, name):
+    graph = json.loads((API / f"{name}.json").read_text())
+    for key, changes in SMALL[name].items():
+        graph[key]["inputs"] |= changes
+    graph["10"]["inputs"]["upscale_by"] = 2.0
+    outputs = sdxl_server.submit(graph, LIMIT_SECONDS)
+    (large,) = sdxl_server.output_files({"11": outputs["11"]})
+    found = pixels(large)
+    assert found.shape == (384, 512, 3)
+    assert found.float().std() > 5  # of 255: neither grey nor black
+    assert not re.findall(r"(?mi)^.*(?:traceback|invalid value|nan\b).*$", sdxl_server.log())
 
 
 def test_comfyui_loaded_it_as_sdxl_with_nothing_missing_and_no_error(chain):
