@@ -100,7 +100,7 @@ def disturb(random: Random, graph: dict[str, Any], info: dict[str, Any]) -> None
     graph["debug latent"] = node("DebugLatent", kind=random.choice(list(LATENTS)))
     sources = {"IMAGE": "debug image", "SIGMAS": "debug sigmas", "LATENT": "debug latent"}
     ours = [name for name, part in graph.items() if part["class_type"] in info]
-    for _ in range(random.choice((1, 1, 2, 4))):
+    for _ in range(random.choice((1, 1, 1, 2, 4))):
         inputs = graph[random.choice(ours)]
         schema = info[inputs["class_type"]]["input"]
         fields = schema.get("required", {}) | schema.get("optional", {})

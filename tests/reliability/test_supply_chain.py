@@ -25,7 +25,7 @@ PACKAGES = {
     "PIL", "einops", "numpy", "open_clip", "psutil", "safetensors", "torch", "torchvision", "tqdm",
     "triton", "imagecodecs", "tifffile", "pillow_heif",
 }  # fmt: skip
-COMFYUI = {"comfy", "comfy_api", "folder_paths", "server"}
+COMFYUI = {"comfy", "comfy_api", "folder_paths", "latent_preview", "server"}
 
 EXPECTED_OF_BANDIT = {
     ("B403", "infdit_core/checkpoints/checkpoint.py"),  # names our pickle_reader
