@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tools.sdxl_checkpoint import VAE
+
 from . import common
 from .common import RESULTS
 from .common_sdxl import FULL, META, build_unet, evaluation, load_pack, operations
@@ -107,18 +109,7 @@ def build_vae() -> Any:
     with META:
         return AutoencoderKL(
             embed_dim=4,
-            ddconfig={
-                "double_z": True,
-                "z_channels": 4,
-                "resolution": 256,
-                "in_channels": 3,
-                "out_ch": 3,
-                "ch": 128,
-                "ch_mult": [1, 2, 4, 4],
-                "num_res_blocks": 2,
-                "attn_resolutions": [],
-                "dropout": 0.0,
-            },
+            ddconfig={**VAE, "dropout": 0.0},
         ).requires_grad_(False)
 
 

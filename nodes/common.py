@@ -55,6 +55,15 @@ def require(value: object, kind: type[_T], message: str) -> _T:
     return value
 
 
+def unet_input() -> io.Model.Input:
+    """The MODEL of a node whose `execute` asks `require_unet`."""
+    return io.Model.Input(
+        "model",
+        tooltip="An SDXL, SD 1.5 or SD 2.x model, with or without LoRAs. The model"
+        " itself is not changed. Other kinds, such as SD 3 or Flux, give an error.",
+    )
+
+
 def require_unet(model: Any) -> UNetModel:
     """The network of a MODEL of SDXL, SD 1.5 or SD 2.x; InfDiTError for any other."""
     require(model, ModelPatcher, "expected a MODEL")

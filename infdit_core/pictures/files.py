@@ -46,8 +46,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
 }
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError,
-           AttributeError, AssertionError, RuntimeError, NotImplementedError, struct.error,
-           zlib.error)  # fmt: skip
+           RuntimeError, struct.error, zlib.error)  # fmt: skip
 """What readers raise for damaged files; most were seen when fuzzing."""
 _MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
 

@@ -16,7 +16,15 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import HIDIFFUSION, RAU_NET_OFF, named_errors, require, require_numbers, require_unet
+from ..common import (
+    HIDIFFUSION,
+    RAU_NET_OFF,
+    named_errors,
+    require,
+    require_numbers,
+    require_unet,
+    unet_input,
+)
 from .guidance import Guidance, Settings, guided
 from .inputs import LATENT, MAX_SEED, TILES, guidance_inputs, guided_steps_input, tile_input
 from .rules import Size, stage_sizes
@@ -41,11 +49,7 @@ class DiffuseHighGuidance(io.ComfyNode):
             description="Makes any sampler keep the large forms of a picture in its first steps,"
             " while it draws detail of its own: for image to image at a larger size.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="An SDXL, SD 1.5 or SD 2.x model, with or without LoRAs. The model"
-                    " itself is not changed. Other kinds, such as SD 3 or Flux, give an error.",
-                ),
+                unet_input(),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Image.Input(
                     "image",
@@ -103,11 +107,7 @@ class DiffuseHigh(io.ComfyNode):
             " its side, with new detail and its own large forms. Enlarge the result further with"
             " Inf-DiT Upscale.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="An SDXL, SD 1.5 or SD 2.x model, with or without LoRAs. The model"
-                    " itself is not changed. Other kinds, such as SD 3 or Flux, give an error.",
-                ),
+                unet_input(),
                 io.Conditioning.Input("positive", tooltip="The prompt, the same for all sizes."),
                 io.Conditioning.Input("negative", tooltip="What to keep away from."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),

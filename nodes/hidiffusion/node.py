@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import HIDIFFUSION, named_errors, require_numbers, require_unet
+from ..common import HIDIFFUSION, named_errors, require_numbers, require_unet, unet_input
 from .hooks import Mode, Patch
 from .rules import SD15, SDXL, SDXL_TURBO, Family, Ratios
 
@@ -37,11 +37,7 @@ class HiDiffusion(io.ComfyNode):
             " side in one pass, without doubled objects and faster than the plain model. Enlarge"
             " the result further with Inf-DiT Upscale.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="An SDXL, SD 1.5 or SD 2.x model, with or without LoRAs. The model"
-                    " itself is not changed. Other kinds, such as SD 3 or Flux, give an error.",
-                ),
+                unet_input(),
                 io.Combo.Input(
                     "preset",
                     options=[_AUTO, *_PRESETS, _CUSTOM],

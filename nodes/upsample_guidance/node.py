@@ -20,7 +20,14 @@ from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 from comfy_api.latest import io
 
 from ...infdit_core.errors import InfDiTError
-from ..common import LOW_BRANCH, UPSAMPLE_SCALE, named_errors, require_numbers, require_unet
+from ..common import (
+    LOW_BRANCH,
+    UPSAMPLE_SCALE,
+    named_errors,
+    require_numbers,
+    require_unet,
+    unet_input,
+)
 from .rules import SCALES, Guided, Size, Window, auto_scale, divide_lengths
 
 log = logging.getLogger(__name__)
@@ -45,11 +52,7 @@ class UpsampleGuidance(io.ComfyNode):
             " native size, which leads the composition. Enlarge the result further with Inf-DiT"
             " Upscale.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="An SDXL, SD 1.5 or SD 2.x model, with or without LoRAs. The model"
-                    " itself is not changed. Other kinds, such as SD 3 or Flux, give an error.",
-                ),
+                unet_input(),
                 io.Combo.Input(
                     "scale",
                     options=[_AUTO, *(str(m) for m in SCALES)],
