@@ -15,6 +15,8 @@ from .foreign import describe_bytes, is_text
 from .pickle_reader import TensorSlice, read_index, require_name
 
 EXPECTED = "expected a .safetensors file, or a .pt file that torch.save wrote"
+MAX_LISTED = 20
+"""Tensors that a message names."""
 _MAX_HEADER_BYTES = 4 * 2**20  # of a .safetensors file: the released model's has 0.1 MB
 
 SAFETENSORS_DTYPES = {
@@ -106,6 +108,37 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: {error}") from error
     raise CheckpointError(f"{path.name} {describe_bytes(head)}; {EXPECTED}")
+
+
+def require_tensors(
+    checkpoint: Checkpoint, needed: Mapping[str, tuple[int, ...]], network: str
+) -> list[str]:
+    """Insist on every tensor of a network; return the keys that it does not have.
+
+    Args:
+        needed: shapes by key.
+        network: what it is, for the message.
+
+    Raises:
+        CheckpointError: tensors are missing, or have another shape or an integer dtype. Lists them.
+    """
+    faults = []
+    for key, expected in needed.items():
+        if key not in checkpoint.shapes:
+            faults.append(f"{key}: missing, expected shape {expected}")
+        elif (shape := checkpoint.shapes[key]) != expected:
+            faults.append(f"{key}: shape {shape}, expected {expected}")
+        elif not (dtype := checkpoint.dtypes[key]).is_floating_point:
+            faults.append(f"{key}: dtype {dtype}, expected floating point")
+    if faults:
+        more = len(faults) - MAX_LISTED
+        raise CheckpointError(
+            f"{checkpoint.path.name}: {len(faults)} of the {len(needed)} tensors of {network} are"
+            " missing or wrong:\n  "
+            + "\n  ".join(faults[:MAX_LISTED])
+            + (f"\n  ... and {more} more" if more > 0 else "")
+        )
+    return [key for key in checkpoint.shapes if key not in needed]
 
 
 def _open_torch(path: Path) -> Checkpoint:

@@ -10,6 +10,8 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before
 
 _KINDS = (
     (re.compile(r"lora_|\.lora\."), "a LoRA, which changes another model"),
+    (re.compile(r"^mixins\.patch_embed\."), "an Inf-DiT checkpoint"),
+    (re.compile(r"^stages\.\d+\.input_layer\."), "a DiMR checkpoint"),
     (re.compile(r"^model\.diffusion_model\."), "a Stable Diffusion checkpoint (SD, SDXL, ...)"),
     (re.compile(r"^(module\.)?visual\.|^text_model\.|^vision_model\."), "a CLIP model"),
 )

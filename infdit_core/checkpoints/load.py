@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..network.config import InfDiTConfig
 from ..network.model import InfDiT
-from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .checkpoint import MAX_LISTED, Checkpoint, CheckpointError, open_checkpoint, require_tensors
 from .foreign import describe_tensors
 from .names import is_known_extra, network_state_dict, release_shapes
 
@@ -26,7 +26,6 @@ EXPECTED = (
     "expected an Inf-DiT checkpoint: the release's mp_rank_00_model_states.pt, or a .pt or"
     " .safetensors file made from it"
 )
-_MAX_LISTED = 20
 
 
 def read_config(checkpoint: Checkpoint) -> InfDiTConfig:
@@ -55,24 +54,8 @@ def check(checkpoint: Checkpoint, config: InfDiTConfig) -> list[str]:
     Raises:
         CheckpointError: tensors are missing, or have another shape or an integer dtype. Lists them.
     """
-    needed = release_shapes(config)
-    faults = []
-    for key, expected in needed.items():
-        if key not in checkpoint.shapes:
-            faults.append(f"{key}: missing, expected shape {expected}")
-        elif (shape := checkpoint.shapes[key]) != expected:
-            faults.append(f"{key}: shape {shape}, expected {expected}")
-        elif not (dtype := checkpoint.dtypes[key]).is_floating_point:
-            faults.append(f"{key}: dtype {dtype}, expected floating point")
-    if faults:
-        more = len(faults) - _MAX_LISTED
-        raise CheckpointError(
-            f"{checkpoint.path.name}: {len(faults)} of the {len(needed)} tensors of an Inf-DiT "
-            "of this size are missing or wrong:\n  "
-            + "\n  ".join(faults[:_MAX_LISTED])
-            + (f"\n  ... and {more} more" if more > 0 else "")
-        )
-    return [key for key in checkpoint.shapes if key not in needed and not is_known_extra(key)]
+    unknown = require_tensors(checkpoint, release_shapes(config), "an Inf-DiT of this size")
+    return [key for key in unknown if not is_known_extra(key)]
 
 
 def read_network(checkpoint: Checkpoint) -> tuple[InfDiTConfig, dict[str, Tensor]]:
@@ -83,7 +66,7 @@ def read_network(checkpoint: Checkpoint) -> tuple[InfDiTConfig, dict[str, Tensor
     """
     config = read_config(checkpoint)
     if unknown := check(checkpoint, config):
-        some = ", ".join(unknown[:_MAX_LISTED])
+        some = ", ".join(unknown[:MAX_LISTED])
         name = checkpoint.path.name
         logger.warning("%s has %d tensors unknown to Inf-DiT: %s", name, len(unknown), some)
     return config, network_state_dict(checkpoint, config)
