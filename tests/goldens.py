@@ -7,6 +7,7 @@ INFDIT_GOLDEN; its cases are marked `extra`:
 """
 
 import itertools
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from infdit_core.checkpoints.checkpoint import open_checkpoint
 from infdit_core.checkpoints.load import read_config
 from infdit_core.checkpoints.names import network_state_dict, release_shapes
+from infdit_core.dimr.load import read_network as read_dimr
+from infdit_core.dimr.model import DiMR
 from infdit_core.network.condition import Condition
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
@@ -53,6 +56,16 @@ def golden_cases(pattern: str) -> list[Any]:
     """The names of the recorded files that match, for `parametrize`."""
     names = {str(p.relative_to(folder)) for folder in FOLDERS for p in folder.glob(pattern)}
     return [pytest.param(name, id=name, marks=golden_marks(name)) for name in sorted(names)]
+
+
+def golden_dimr(name: str) -> DiMR:
+    """The tiny network of "tiny_2r" or "tiny_3r"."""
+    stage = json.loads(golden_path(f"dimr/{name}.json").read_text())["stages"][0]
+    with open_checkpoint(golden_path(f"dimr/{name}.safetensors")) as checkpoint:
+        config, state = read_dimr(checkpoint, heads=stage["num_attention_heads"])
+    model = DiMR(config)
+    model.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    return model.requires_grad_(False)
 
 
 def golden_model(name: str, dtype=torch.float32, **config) -> InfDiT:
