@@ -45,8 +45,10 @@ def draw(measured: Sequence[Path]) -> None:
     curves = {
         "whole picture": lambda grid: Full(),
         "block by block, 4×4": lambda grid: BlockMajor(4),
-        "layer by layer, one line": lambda grid: LayerMajor(grid.shorter),
-        "the same, tokens on the host": lambda grid: LayerMajor(grid.shorter, tokens_on_host=True),
+        "layer by layer, one line": lambda grid: LayerMajor(grid.line_blocks),
+        "the same, tokens on the host": lambda grid: LayerMajor(
+            grid.line_blocks, tokens_on_host=True
+        ),
     }
     with common.chart(
         RESULTS / "memory.png",

@@ -8,12 +8,16 @@ left, and all that a later chunk needs of earlier ones is a `Frontier` of keys a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import InfDiTError
 from .host_store import HostStore
+from .link import Link
 
 Line = HostStore[tuple[int, int]]
 """Keys and values of lines of blocks by layer and first block."""
@@ -58,6 +62,11 @@ class Chunk(NamedTuple):
         top, bottom = self.top - other.top, self.bottom - other.top
         return Chunk(top, bottom, self.left - other.left, self.right - other.left)
 
+    def moved(self, rows: int, columns: int) -> Chunk:
+        """This chunk so many blocks further down and to the right."""
+        top, bottom, left, right = self
+        return Chunk(top + rows, bottom + rows, left + columns, right + columns)
+
     def scaled(self, side: int) -> tuple[slice, slice]:
         """Row and column slices of this chunk where a block is `side` long."""
         return (
@@ -67,10 +76,12 @@ class Chunk(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Block rows and columns of a picture."""
+    """Block rows and columns of a picture, or of a strip of one."""
 
     rows: int
     columns: int
+    strip_of_columns: bool | None = None
+    """Of a strip: whether it is one of columns; None for a whole picture."""
 
     @property
     def blocks(self) -> int:
@@ -82,27 +93,74 @@ class Grid(NamedTuple):
 
     @property
     def by_columns(self) -> bool:
-        """Whether a wide picture is scanned column by column, for the shorter frontier."""
+        """Whether lines are columns: a wide picture is scanned so, for the shorter frontier.
+
+        A strip is scanned as its picture is.
+        """
+        if self.strip_of_columns is not None:
+            return self.strip_of_columns
         return self.columns > self.rows
 
     @property
-    def shorter(self) -> int:
-        """Blocks along the shorter side, which the frontier spans."""
-        return min(self.rows, self.columns)
+    def line_blocks(self) -> int:
+        """Blocks of a line, which the frontier spans: along the shorter side of a picture."""
+        return self.rows if self.by_columns else self.columns
+
+    @property
+    def lines(self) -> int:
+        """Lines of blocks, one after the other along the longer side of a picture."""
+        return self.columns if self.by_columns else self.rows
+
+    def strips(self, count: int) -> list[Chunk]:
+        """The picture in `count` strips of whole lines, the first ones a line longer.
+
+        Raises:
+            InfDiTError: there are fewer lines.
+        """
+        if not 1 <= count <= self.lines:
+            raise InfDiTError(
+                f"expected at most as many strips as the picture's {self.lines} lines of blocks,"
+                f" got {count}"
+            )
+        least, more = divmod(self.lines, count)
+        ends = list(accumulate(least + (i < more) for i in range(count)))
+        lines = [Chunk(a, b, 0, self.line_blocks) for a, b in pairwise([0, *ends])]
+        return [self.scanned(strip) for strip in lines]
 
     def scanned(self, chunk: Chunk) -> Chunk:
-        """A chunk with columns along the shorter side, across which chunks follow each other."""
+        """A chunk with its columns along the lines, in which chunks follow each other."""
         return chunk.transposed if self.by_columns else chunk
 
     def chunks(self, depth: int, length: int) -> Iterator[Chunk]:
-        """Chunks in scanning order: `depth` blocks along the longer side, `length` across."""
-        longer = max(self.rows, self.columns)
-        for slow in range(0, longer, depth):
-            for fast in range(0, self.shorter, length):
+        """Chunks in scanning order: of `depth` lines, `length` blocks along them."""
+        for slow in range(0, self.lines, depth):
+            for fast in range(0, self.line_blocks, length):
                 chunk = Chunk(
-                    slow, min(slow + depth, longer), fast, min(fast + length, self.shorter)
+                    slow, min(slow + depth, self.lines), fast, min(fast + length, self.line_blocks)
                 )
-                yield chunk.transposed if self.by_columns else chunk
+                yield self.scanned(chunk)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A part of a picture that one device computes."""
+
+    grid: Grid
+    """Of the whole picture."""
+    chunk: Chunk
+    """One of its `strips`."""
+    link: Link
+    """To the strips before and after."""
+
+    @property
+    def own_grid(self) -> Grid:
+        return Grid(self.chunk.rows, self.chunk.columns, self.grid.by_columns)
+
+    def beside(self) -> list[Chunk]:
+        """The lines before and after it that the picture has."""
+        chunk, grid = self.grid.scanned(self.chunk), self.grid
+        lines = [Chunk(n, n + 1, 0, grid.line_blocks) for n in (chunk.top - 1, chunk.bottom)]
+        return [grid.scanned(line) for line in lines if 0 <= line.top < grid.lines]
 
 
 class Frontier:
@@ -112,13 +170,16 @@ class Frontier:
     at index 0. A line is read where it was written: one that is a chunk by itself is never copied.
 
     Args:
-        grid: of the picture.
+        grid: of the picture, or of a strip.
         line: where the line above waits; here if None.
         layer: whose line it is there.
+        link: to the strips before and after; None for a whole picture.
     """
 
-    def __init__(self, grid: Grid, line: Line | None = None, layer: int = 0) -> None:
-        self._grid, self._line, self._layer = grid, line, layer
+    def __init__(
+        self, grid: Grid, line: Line | None = None, layer: int = 0, link: Link | None = None
+    ) -> None:
+        self._grid, self._line, self._layer, self._link = grid, line, layer, link
         self._kept: dict[str, Tensor] = {}
 
     def room(self, like: Tensor, chunk: Chunk) -> Tensor:
@@ -152,20 +213,29 @@ class Frontier:
 
     def keep(self, chunk: Chunk) -> None:
         """Let go what no later chunk will read, once the neighbourhoods have been used."""
-        kept = self._kept
-        if (chunk.bottom, chunk.right) == self._grid:
+        kept, whole = self._kept, chunk == self._grid.whole
+        chunk, length = self._scanned(chunk), self._grid.line_blocks
+        ends, last = whole or chunk.right == length, whole or chunk.bottom == self._grid.lines
+        lines = kept.pop("lines")
+        if last and self._link is not None and self._link.has_after:
+            self._send(self._link, chunk, lines[:, :, -1, 1:], ends=ends)
+        if last and ends:
             kept.clear()
             return
-        chunk, length = self._scanned(chunk), self._grid.shorter
-        lines, ends = kept.pop("lines"), chunk.right == length
-        if not ends:
+        if ends:
+            kept.pop("received", None)
+        else:
             kept["end"] = lines[:, :, :, -1].clone()
-        if chunk.bottom < max(self._grid):
+        if not last:
             self._keep_line(chunk, lines[:, :, -1], alone=chunk.rows == 1, ends=ends)
 
     def _above(self, chunk: Chunk) -> Tensor:
         """The line above a chunk, and the block before it: (2, B, 1 + blocks, ...)."""
         kept = self._kept
+        if chunk.top == 0 and self._link is not None and self._link.has_before:
+            if "received" not in kept:
+                kept["received"] = self._receive(self._link)
+            return kept["received"][:, :, chunk.left : chunk.right + 1]
         if chunk.top == 0:
             return kept["lines"][:, :, 0]
         if self._line is None:
@@ -175,9 +245,29 @@ class Frontier:
         kept["corner"] = blocks[:, :, -1:].clone()
         return torch.cat([before, blocks], dim=2)
 
+    def _receive(self, link: Link) -> Tensor:
+        """The last line of the strip before, and the block before it: (2, B, 1 + blocks, ...)."""
+        lines = self._kept["lines"]  # (2, B, r, 1 + c, ...)
+        line = lines.new_empty(*lines.shape[:2], 1 + self._grid.line_blocks, *lines.shape[4:])
+        link.receive(self._layer, line[:, :, 1:])
+        line[:, :, 0] = line[:, :, 1]
+        return line
+
+    def _send(self, link: Link, chunk: Chunk, line: Tensor, *, ends: bool) -> None:
+        """Send the last line of a strip, of which `line` (2, B, blocks, ...) is the chunk's."""
+        kept, length = self._kept, self._grid.line_blocks
+        if chunk.columns == length:
+            link.send(self._layer, line)
+            return
+        if "below" not in kept:
+            kept["below"] = line.new_empty(*line.shape[:2], length, *line.shape[3:])
+        kept["below"][:, :, chunk.left : chunk.right] = line
+        if ends:
+            link.send(self._layer, kept.pop("below"))
+
     def _keep_line(self, chunk: Chunk, line: Tensor, *, alone: bool, ends: bool) -> None:
         """Keep the last line of a chunk, (2, B, 1 + blocks, ...)."""
-        kept, length = self._kept, self._grid.shorter
+        kept, length = self._kept, self._grid.line_blocks
         if self._line is not None:
             blocks = line[:, :, 1:].clone(memory_format=torch.contiguous_format)
             self._line[self._layer, chunk.left] = blocks
@@ -198,7 +288,9 @@ class Frontier:
         longer: few and long.
         """
         grid = self._grid
-        return grid.rows > grid.columns if chunk == grid.whole else grid.by_columns
+        if chunk != grid.whole or grid.strip_of_columns is not None:
+            return grid.by_columns
+        return grid.rows > grid.columns
 
     def _scanned(self, chunk: Chunk) -> Chunk:
         """A chunk with rows along the lines."""

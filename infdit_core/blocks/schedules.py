@@ -139,7 +139,7 @@ class BlockMajor(Schedule):
         slots = 4 * length + 1 if line else 0
         moved = 2 * length / chunk.blocks
         waiting = 2 * (num_layers * (ends + bool(line)) + slots)
-        host = 2 * num_layers * grid.shorter if line else 0
+        host = 2 * num_layers * grid.line_blocks if line else 0
         return Residency(chunk, waiting, host, moved, chunk.blocks)
 
     def __str__(self) -> str:
@@ -183,8 +183,8 @@ class LayerMajor(Schedule):
 
     def chunks(self, grid: Grid) -> Iterator[Chunk]:
         """Parts of a line of blocks, or as many whole lines as a chunk holds."""
-        lines, length = divmod(self.blocks_per_chunk, grid.shorter)
-        return grid.chunks(lines, grid.shorter) if lines else grid.chunks(1, length)
+        lines, length = divmod(self.blocks_per_chunk, grid.line_blocks)
+        return grid.chunks(lines, grid.line_blocks) if lines else grid.chunks(1, length)
 
     def cells(self, grid: Grid, num_layers: int) -> list[Cell]:
         chunks = list(self.chunks(grid))
@@ -215,8 +215,8 @@ def _places(schedule: Schedule) -> list[str]:
 def frontier_blocks(grid: Grid, chunk: Chunk) -> tuple[int, int]:
     """Blocks of a `Frontier`: the line above with the block before it; the last chunk's end."""
     chunk = grid.scanned(chunk)
-    line = grid.shorter + 1 if chunk.rows < max(grid) else 0
-    return line, chunk.rows if chunk.columns < grid.shorter else 0
+    line = grid.line_blocks + 1 if chunk.rows < grid.lines else 0
+    return line, chunk.rows if chunk.columns < grid.line_blocks else 0
 
 
 def candidates(grid: Grid, best: float, *, host: bool, alone: bool) -> Iterator[Schedule]:
@@ -227,8 +227,8 @@ def candidates(grid: Grid, best: float, *, host: bool, alone: bool) -> Iterator[
         host: whether the host's memory is another than the device's, so that things can wait there.
         alone: whether the solver's pictures and the network's weights may wait there too.
     """
-    longer, shorter = max(grid), grid.shorter
-    lengths = [lines * shorter for lines in _halvings(longer)]
+    longer, shorter = grid.lines, grid.line_blocks
+    lengths = [n * shorter for n in _halvings(longer)]
     lengths += [blocks for blocks in _halvings(shorter) if blocks < shorter]
     sides = {side * side: side for side in _halvings(shorter)}
     orders = [(LayerMajor(n), "tokens_on_host") for n in _useful(lengths, best)]

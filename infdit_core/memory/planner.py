@@ -283,7 +283,7 @@ def _lr_bytes(work: Workload, *, kept: bool) -> int:
     config, grid = work.config, work.grid
     total = work.batch * 3 * grid.blocks * (config.block_px // LR_SCALE) ** 2 * 4
     if kept:
-        tokens = math.prod((n + 2) * config.lr_block for n in grid)
+        tokens = math.prod((n + 2) * config.lr_block for n in (grid.rows, grid.columns))
         total += work.batch * 2 * tokens * config.hidden_size * work.dtype.itemsize
     return total
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..blocks.grid import Chunk, Frontier, Grid
+from ..blocks.grid import Chunk, Frontier, Grid, Strip
 from ..blocks.schedules import Full, Schedule
 from ..edm import SIGMA_DATA, preconditioning
 from ..errors import InfDiTError
@@ -89,6 +89,7 @@ class InfDiT(nn.Module):
         *,
         run: Run | None = None,
         dtype: torch.dtype | None = None,
+        strip: Strip | None = None,
     ) -> Tensor:
         """The raw network F.
 
@@ -101,6 +102,8 @@ class InfDiT(nn.Module):
             schedule: the order of computation; `Full()` if None. The result does not depend on it.
             run: what one evaluation leaves to the next; nothing if None.
             dtype: of the computation; that of x if None.
+            strip: of a picture that others compute the rest of; x and `cond.concat` are of the
+                strip then, `cond.lr` and `cond.origin` of the whole picture.
 
         Returns:
             (B, 3, H, W) in the dtype and on the device of x.
@@ -108,19 +111,20 @@ class InfDiT(nn.Module):
         Raises:
             InfDiTError: a shape does not fit.
         """
-        _check(self.config, x, sigma, cond)
+        _check(self.config, x, sigma, cond, strip)
         schedule, run = schedule or Full(), run or Run()
         device, dtype = sigma.device, dtype or x.dtype
         if schedule.stream_weights and self._stream is None:
             self.stream_layers(device)
-        grid = self.grid(x)
+        grid = self.grid(x) if strip is None else strip.own_grid
         concat_scale = self._concat_scale(sigma)
         modulations, final = self.modulate(sigma, cond.vector, dtype)
-        rotary = self.rotary(grid, cond.origin, device)
-        lr_kv = self._lr_kv_of(cond.lr.to(device, dtype), run, schedule, grid)
+        rotary = self.rotary(grid, _origin(self.config, cond, strip), device)
+        lr_kv = self._lr_kv_of(cond.lr.to(device, dtype), run, schedule, grid, strip)
         num_layers = len(self.layers)
         if run.cache is not None:
-            tokens_shape = x.shape[0], *grid, self.config.block_tokens, self.config.hidden_size
+            blocks = x.shape[0], grid.rows, grid.columns
+            tokens_shape = *blocks, self.config.block_tokens, self.config.hidden_size
             num_layers = run.cache.begin(
                 float(sigma[0]), tokens_shape, num_layers, schedule.on_host
             )
@@ -131,7 +135,8 @@ class InfDiT(nn.Module):
             schedule.tokens(device, cells, run.host) as waiting,
             schedule.lines(device, grid, cells, run.host) as lines,
         ):
-            frontiers = [Frontier(grid, lines, n) for n in range(num_layers)]
+            link = None if strip is None else strip.link
+            frontiers = [Frontier(grid, lines, n, link) for n in range(num_layers)]
             for done, (n, chunk) in enumerate(cells, 1):
                 if n == 0:
                     tokens = self.embed(x, cond.concat, concat_scale, chunk, dtype)
@@ -161,6 +166,7 @@ class InfDiT(nn.Module):
         schedule: Schedule | None = None,
         *,
         run: Run | None = None,
+        strip: Strip | None = None,
     ) -> Tensor:
         """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
 
@@ -175,7 +181,15 @@ class InfDiT(nn.Module):
         base = None if self.prior is None else cond.concat.to(x)
         if base is not None:
             x = x - base
-        raw = self(x * c_in, sigmas.to(weight.device), cond, schedule, run=run, dtype=weight.dtype)
+        raw = self(
+            x * c_in,
+            sigmas.to(weight.device),
+            cond,
+            schedule,
+            run=run,
+            dtype=weight.dtype,
+            strip=strip,
+        )
         denoised = c_out * raw + c_skip * x
         return denoised if base is None else base + denoised
 
@@ -313,15 +327,19 @@ class InfDiT(nn.Module):
         return made
 
     def _lr_kv_of(
-        self, lr: Tensor, run: Run, schedule: Schedule, grid: Grid
+        self, lr: Tensor, run: Run, schedule: Schedule, grid: Grid, strip: Strip | None
     ) -> Callable[[Chunk], Tensor]:
         """What gives the LR keys and values that the blocks of a chunk see."""
+        place = grid.whole if strip is None else strip.chunk
         if not schedule.keep_lr:
             run.lr_kv = None
-            return lambda chunk: self.lr_keys_values(lr, chunk)
+            return lambda chunk: self.lr_keys_values(lr, chunk.moved(place.top, place.left))
         if run.lr_kv is None or run.lr_kv.shape[1] != len(lr):
             run.lr_kv = None  # lets it go before the next ones come
-            run.lr_kv = self.lr_keys_values(lr, pieces=schedule.chunks(grid))
+            pieces = [chunk.moved(place.top, place.left) for chunk in schedule.chunks(grid)]
+            if strip is not None:  # and what it sees of its neighbours
+                pieces += strip.beside()
+            run.lr_kv = self.lr_keys_values(lr, place, pieces)
         kept, halo, side = run.lr_kv, grid.whole.grown(1), self.config.lr_block
 
         def around(chunk: Chunk) -> Tensor:
@@ -358,13 +376,27 @@ class InfDiT(nn.Module):
             layer.run_eagerly()
 
 
-def _check(config: InfDiTConfig, x: Tensor, sigma: Tensor, cond: Condition) -> None:
+def _origin(config: InfDiTConfig, cond: Condition, strip: Strip | None) -> tuple[int, int]:
+    """Row and column in patches of the top left corner of x."""
+    if strip is None:
+        return cond.origin
+    side, (row, column) = config.block_patches, cond.origin
+    return row + side * strip.chunk.top, column + side * strip.chunk.left
+
+
+def _check(
+    config: InfDiTConfig, x: Tensor, sigma: Tensor, cond: Condition, strip: Strip | None
+) -> None:
     batch, _, height, width = x.shape
+    whole = height, width
+    if strip is not None:
+        height, width = (config.block_px * n for n in (strip.chunk.rows, strip.chunk.columns))
+        whole = config.block_px * strip.grid.rows, config.block_px * strip.grid.columns
     expected = {
         "x": (x, (batch, 3, height, width)),
         "sigma": (sigma, (batch,)),
         "concat": (cond.concat, (batch, 3, height, width)),
-        "lr": (cond.lr, (batch, 3, height // LR_SCALE, width // LR_SCALE)),
+        "lr": (cond.lr, (batch, 3, *(side // LR_SCALE for side in whole))),
     }
     if config.vector_size:
         if cond.vector is None:

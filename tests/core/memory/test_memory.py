@@ -22,7 +22,7 @@ def model():
 
 def peak_bytes(model, schedule) -> int:
     """Of one evaluation, without what exists once per picture whatever the schedule."""
-    x, cond = random_condition(model, *GRID)
+    x, cond = random_condition(model, GRID.rows, GRID.columns)
     run = Run()
     run.lr_kv = model.lr_keys_values(cond.lr)
     c_in = torch.tensor([1.0])
@@ -58,7 +58,9 @@ def test_full_holds_the_activations_of_the_whole_picture(model):
 
 def test_block_major_holds_one_line_of_keys_and_values_per_layer(model):
     block = block_bytes(model)
-    frontier = model.config.num_layers * 2 * (GRID.shorter + 3) * block  # and the end, the corner
+    frontier = (
+        model.config.num_layers * 2 * (GRID.line_blocks + 3) * block
+    )  # and the end, the corner
     peak = peak_bytes(model, BlockMajor(1))
     assert peak <= frontier + CHUNK_WIDTHS * block
     assert peak <= peak_bytes(model, Full()) / 5
@@ -66,7 +68,7 @@ def test_block_major_holds_one_line_of_keys_and_values_per_layer(model):
 
 def test_layer_major_holds_the_tokens_and_one_line_of_keys_and_values(model):
     block = block_bytes(model)
-    frontier = 2 * (GRID.shorter + 3) * block
+    frontier = 2 * (GRID.line_blocks + 3) * block
     peak = peak_bytes(model, LayerMajor(1))
     assert peak <= BLOCKS * block + frontier + CHUNK_WIDTHS * block
     assert peak <= peak_bytes(model, Full()) / 5

@@ -54,7 +54,7 @@ SCHEDULES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_an_evaluation_takes_what_is_predicted(grid, schedule, dtype):
     model = golden_model("xs", dtype)
-    x, cond = random_condition(model, *grid)
+    x, cond = random_condition(model, grid.rows, grid.columns)
     run = Run()
     if schedule.keep_lr:
         run.lr_kv = model.lr_keys_values(cond.lr.to(dtype))

@@ -103,7 +103,7 @@ def test_every_intermediate_equals_the_release(name):
     first.attention.qk_norm.register_forward_hook(lambda m, a, o: seen_norms.append(o.clone()))
     denoised = model.denoise(expected["x"], sigma, cond)
 
-    rows, columns = model.grid(expected["x"])
+    rows, columns, _ = model.grid(expected["x"])
 
     def tokens(x):
         """Blocks (B, r, c, T, ...) to the release's row-major tokens (B, n, ...)."""
