@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks.grid import Strip
 from .blocks.schedules import Full, Schedule
 from .edm import RHO, SIGMA_MAX, partial_sigmas
 from .errors import InfDiTError
@@ -202,6 +203,7 @@ def sample(
     start: Tensor | None = None,
     wrap: Callable[[Tensor], Tensor] | None = None,
     mask: Tensor | None = None,
+    strip: Strip | None = None,
 ) -> Tensor:
     """Draw a picture: start from the LR picture plus noise and follow the ODE to sigma 0.
 
@@ -220,6 +222,8 @@ def sample(
         start: (B, 3, H, W) in [-1, 1], the picture to start from in place of the LR picture.
         wrap: fills margins of a (B, 3, H, W), before and after every evaluation.
         mask: (B, 1, H, W), 1 where the picture is drawn and 0 where it stays that of the start.
+        strip: of a picture whose other strips are drawn elsewhere at the same time; all pictures
+            here are of the strip, `cond.lr` of the whole.
 
     Returns:
         (B, 3, H, W) float32, about [-1, 1], not clipped.
@@ -235,7 +239,7 @@ def sample(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         def evaluate(schedule: Schedule) -> Tensor:
-            return model.denoise(x, sigma, cond, schedule, run=run)
+            return model.denoise(x, sigma, cond, schedule, run=run, strip=strip)
 
         if mask is not None:
             x = torch.lerp(first + sigma * noise, x, mask)

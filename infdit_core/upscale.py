@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .blocks.grid import Strip
 from .blocks.schedules import Schedule
 from .memory.adaptive import Adaptive, memory_budget
 from .memory.host import require_memory, waiting_bytes
@@ -102,6 +103,18 @@ class Sampler:
 
     def __call__(self, canvas: Canvas) -> Tensor:
         """A sampled (B, 3, H, W) float32 on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self.draw(
+            canvas, canvas.noise(lambda shape: torch.randn(shape, generator=generator))
+        )
+
+    def draw(self, canvas: Canvas, noise: Tensor, strip: Strip | None = None) -> Tensor:
+        """A sampled (B, 3, H, W) float32 on the CPU.
+
+        Args:
+            noise: (B, 3, H, W) unit Gaussian.
+            strip: of the picture that the canvas is of; the canvas has the LR picture whole.
+        """
         preset = cast("Preset", self.preset)
         sigmas = preset.sigmas(self.denoise, self.model.config.sigma_max)
         if len(sigmas) < 2:
@@ -109,18 +122,19 @@ class Sampler:
         retry: Callable | None = None
         schedule = self.schedule
         if schedule is not None:
-            check_host(self._workload(canvas), schedule)
+            check_host(self._workload(canvas, strip), schedule)
         else:
-            adaptive = self.plan(canvas)
-            schedule, retry = adaptive.plan.schedule, adaptive.call
+            adaptive = self.plan(canvas, strip)
+            schedule = adaptive.plan.schedule
+            # a strip that began an evaluation anew would want its neighbour's lines again
+            retry = adaptive.call if strip is None else None
         device = self.device
         concat = canvas.concat.to(schedule.pictures_device or device)
-        generator = torch.Generator().manual_seed(self.seed)
         return sample(
             self.model,
             Condition(concat, canvas.lr.to(device), canvas.vector),
             sigmas,
-            noise=canvas.noise(lambda shape: torch.randn(shape, generator=generator)),
+            noise=noise,
             solver=preset.solver,
             schedule=schedule,
             retry=retry,
@@ -130,21 +144,23 @@ class Sampler:
             start=canvas.start,
             wrap=canvas.wrap,
             mask=canvas.mask,
+            strip=strip,
         ).cpu()
 
-    def plan(self, canvas: Canvas) -> Adaptive:
+    def plan(self, canvas: Canvas, strip: Strip | None = None) -> Adaptive:
         """The fastest schedule that fits for a canvas, and the smaller ones behind it."""
-        work = self._workload(canvas)
+        work = self._workload(canvas, strip)
         memory = self.memory_bytes or memory_budget(self.model)
         first = small_plan(work, memory)
         return Adaptive(lambda: plans(work), memory, first=first, host_bytes=waiting_bytes())
 
-    def _workload(self, canvas: Canvas) -> Workload:
+    def _workload(self, canvas: Canvas, strip: Strip | None = None) -> Workload:
         weight = self.model.final.linear.weight
         batch, _, height, width = canvas.concat.shape
         config, kind = self.model.config, weight.device.type
         work = Workload(config, height, width, weight.dtype, batch, kind)
-        return replace(work, residual=self.reuse_layers > 0)
+        columns = None if strip is None else strip.own_grid.by_columns
+        return replace(work, residual=self.reuse_layers > 0, strip_of_columns=columns)
 
 
 @torch.no_grad()

@@ -232,7 +232,8 @@ def candidates(grid: Grid, best: float, *, host: bool, alone: bool) -> Iterator[
     lengths += [blocks for blocks in _halvings(shorter) if blocks < shorter]
     sides = {side * side: side for side in _halvings(shorter)}
     orders = [(LayerMajor(n), "tokens_on_host") for n in _useful(lengths, best)]
-    orders += [(BlockMajor(sides[n]), "frontier_on_host") for n in _useful(sides, best)]
+    if grid.strip_of_columns is None:  # by blocks, each strip would wait for the whole of another
+        orders += [(BlockMajor(sides[n]), "frontier_on_host") for n in _useful(sides, best)]
     if grid.blocks in _useful(lengths, best):
         yield Full()
     others = host and alone

@@ -20,7 +20,7 @@ from ..checkpoints.convert import convert
 from ..checkpoints.load import check, load_model, read_config
 from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
-from ..memory.adaptive import is_out_of_memory
+from ..memory.adaptive import is_out_of_memory, memory_budget
 from ..memory.host import gigabytes, require_memory, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
@@ -35,6 +35,7 @@ from ..upscale import Sampler, upscale
 from .common import UsageError, choose_device, choose_dtype, say, warn
 from .jobs import CommandError, Jobs, Size, check_jobs, check_result, make_folder, plan_jobs
 from .progress import Progress
+from .ranks import run_on_ranks
 
 
 class Job(NamedTuple):
@@ -53,6 +54,8 @@ class Job(NamedTuple):
 def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that fails, and leave alone what is there already."""
     check_schedule(args)
+    if args.gpus > 1 and args.ranks is None:
+        return run_on_ranks(upscale_files, args)
     jobs = plan_jobs(
         args.input,
         args.output,
@@ -93,6 +96,8 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     ready = read_picture(*jobs.todo[0], result_size, args) if jobs.single else None
     upscaler = Upscaler(args, device)
     for source, target in jobs.todo:
+        if args.ranks and str(target) in args.ranks.done:
+            continue
         with jobs.attempt(source):
             started = time.monotonic()
             job = ready or read_picture(source, target, result_size, args)
@@ -142,14 +147,18 @@ class Upscaler:
         try:
             picture = self._upscale(job, source.name)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self.args.ranks:
                 raise
             raise CommandError(
                 f"{source}: the memory of {self.device} is too small for --schedule"
                 f" {self.args.schedule}; try block-major or layer-major with few --blocks"
             ) from error
+        if self.args.ranks and not self.args.ranks.first:
+            return
         depth, overwrite = self.args.bit_depth, self.args.overwrite
         write_image(target, picture, bit_depth=depth, info=job.info, overwrite=overwrite)
+        if self.args.ranks:
+            self.args.ranks.finish(target)
 
     def _upscale(self, job: Job, name: str) -> Tensor:
         args, (image, _, size, start) = self.args, job
@@ -164,13 +173,13 @@ class Upscaler:
         passes = pass_sizes((image.shape[1], image.shape[2]), size)
         steps = (len(preset.sigmas(args.denoise)) - 1) * len(passes)
         with Progress(name, steps) as progress:
-            draw = Sampler(
+            draw = self._sampler()(
                 self.model,
                 preset,
                 args.seed,
                 args.denoise,
                 _schedule(args),
-                args.memory,
+                self._memory(),
                 args.reuse_layers or 0,
                 progress.step,
                 progress.cells,
@@ -185,6 +194,19 @@ class Upscaler:
                 start=start,
                 wrap=args.wrap,
             )
+
+    def _sampler(self) -> type[Sampler]:
+        if not self.args.ranks:
+            return Sampler
+        from ..distributed import StripSampler
+
+        return StripSampler
+
+    def _memory(self) -> float | None:
+        """What a plan may take on the device; None for what is free."""
+        if not self.args.ranks:
+            return self.args.memory
+        return self.args.ranks.memory_share * (self.args.memory or memory_budget(self.model))
 
 
 def convert_file(args: argparse.Namespace) -> int:

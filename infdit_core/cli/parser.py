@@ -43,7 +43,7 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         " pillow-heif is installed, HEIC are read with all their bits. Grey becomes RGB, CMYK sRGB"
         " by its profile; alpha, colours, EXIF, XMP, IPTC and the texts of PNG are kept.",
     )
-    parser.set_defaults(command=upscale_files)
+    parser.set_defaults(command=upscale_files, ranks=None)
     parser.add_argument("input", nargs="+", type=Path, help="pictures, or folders of pictures")
     parser.add_argument(
         "-o",
@@ -172,6 +172,13 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--device", help="such as cpu or cuda:1 (default: cuda where there is one)"
+    )
+    machine.add_argument(
+        "--gpus",
+        type=_positive,
+        default=1,
+        help="so many GPUs work on each picture, a strip each; with --device cpu so many processes"
+        " (default: %(default)s)",
     )
     machine.add_argument(
         "--dtype",

@@ -41,6 +41,8 @@ _HOST_WEIGHTS_COST = 0.1
 """Guesses: moving pictures between device and host; computing the modulations there."""
 _TOKEN_TENSORS, _PRIOR_TENSORS = 100, 10
 """More tensors than are ever alive, of the tokens of a picture and of the features of a prior."""
+_LINES_BETWEEN = 5
+"""Of a strip: what it has received, one that comes, what it gathers, and two on their way out."""
 _SMALL_SHARE = 0.25
 """Of the memory: what such a bound may take."""
 _UNIFIED = ("cpu", "mps")
@@ -67,11 +69,14 @@ class Workload:
     """Whether the solver's pictures must."""
     residual: bool = False
     """Whether a `ResidualCache` is used."""
+    strip_of_columns: bool | None = None
+    """Of a strip of a picture: whether it is one of columns; None for a whole picture."""
 
     @property
     def grid(self) -> Grid:
         side = self.config.block_px
-        return Grid(math.ceil(self.height / side), math.ceil(self.width / side))
+        rows, columns = math.ceil(self.height / side), math.ceil(self.width / side)
+        return Grid(rows, columns, self.strip_of_columns)
 
     @property
     def best_blocks(self) -> float:
@@ -226,11 +231,13 @@ def host_bytes(work: Workload, schedule: Schedule) -> int:
 def evaluation_bytes(work: Workload, schedule: Schedule) -> int:
     """Bytes of tokens, frontiers and the chunk at work: what the schedule decides about."""
     kept = schedule.residency(work.grid, work.config.num_layers)
-    chunk = kept.chunk
+    chunk, between = kept.chunk, 0
+    if work.strip_of_columns is not None:
+        between = 2 * _LINES_BETWEEN * (work.grid.line_blocks + 1)  # keys and values
     at_work = _chunk_bytes(
         work.config, chunk.rows, chunk.columns, work.dtype, work.batch, schedule.keep_lr
     )
-    return at_work + kept.device * work.block_bytes
+    return at_work + (kept.device + between) * work.block_bytes
 
 
 @lru_cache(maxsize=16)

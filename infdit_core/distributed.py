@@ -1,0 +1,123 @@
+"""One picture on several devices by torch.distributed, a process each.
+
+Every process samples a strip of whole lines of blocks with a solver of its own. All that goes
+between them while they sample is a line of keys and values per layer, to the next strip, so none
+waits for the others once the first lines have come.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .blocks.grid import Chunk, Grid, Strip
+from .errors import InfDiTError
+from .pictures.prepare import Canvas, Wrap
+from .upscale import Sampler
+
+_UNDER_WAY = 2
+"""Lines that a process may be ahead of the next: each is memory of its device."""
+
+
+class DistributedLink:
+    """The way to the strips of the ranks before and after.
+
+    Args:
+        rank: of this process.
+        ranks: that have a strip.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.has_before, self.has_after = rank > 0, rank + 1 < ranks
+        self._rank = rank
+        self._leaving: deque[tuple[dist.Work | None, Tensor]] = deque()
+        self.sent_bytes = 0
+
+    def receive(self, layer: int, out: Tensor) -> None:
+        line = torch.empty_like(out, memory_format=torch.contiguous_format)
+        dist.recv(line, self._rank - 1, tag=layer)
+        out.copy_(line)
+
+    def send(self, layer: int, line: Tensor) -> None:
+        line = line.clone(memory_format=torch.contiguous_format)
+        self._leaving.append((dist.isend(line, self._rank + 1, tag=layer), line))
+        self.sent_bytes += line.nbytes
+        self.flush(_UNDER_WAY)
+
+    def flush(self, left: int = 0) -> None:
+        """Wait until only so many lines are under way."""
+        while len(self._leaving) > left:
+            work, _ = self._leaving.popleft()
+            if work is not None:
+                work.wait()
+
+
+@dataclass
+class StripSampler(Sampler):
+    """A `Sampler` of all processes of the default group together: each draws a strip.
+
+    All are called with the same canvas, and all get the whole picture: that of one `Sampler`, to
+    the bit.
+    """
+
+    def __call__(self, canvas: Canvas) -> Tensor:
+        px, (height, width) = self.block_px, canvas.concat.shape[-2:]
+        grid = Grid(height // px, width // px)
+        ranks = min(dist.get_world_size(), grid.lines)
+        chunks, rank = grid.strips(ranks), dist.get_rank()
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = canvas.noise(lambda shape: torch.randn(shape, generator=generator))
+        own = None
+        if rank < ranks:
+            link = DistributedLink(rank, ranks)
+            strip = Strip(grid, chunks[rank], link)
+            rows, columns = strip.chunk.scaled(px)
+            own = self.draw(_part(canvas, strip, px), noise[..., rows, columns], strip)
+            link.flush()
+        return self._gathered(own, canvas.concat, chunks)
+
+    def _gathered(self, own: Tensor | None, like: Tensor, chunks: list[Chunk]) -> Tensor:
+        """The picture (B, 3, H, W) of the strips of all ranks."""
+        # NCCL takes what lies on its GPU
+        device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+        result = torch.empty_like(like, dtype=torch.float32, device="cpu")
+        for rank, chunk in enumerate(chunks):
+            place = result[(..., *chunk.scaled(self.block_px))]
+            piece = torch.empty(place.shape, device=device)
+            if own is not None and rank == dist.get_rank():
+                piece.copy_(own)
+            dist.broadcast(piece, rank)
+            place.copy_(piece)
+        return result
+
+
+def _part(canvas: Canvas, strip: Strip, block_px: int) -> Canvas:
+    """A strip of a canvas, with the LR picture whole.
+
+    Raises:
+        InfDiTError: the edges that the picture goes on around lie in different strips.
+    """
+    rows, columns = strip.chunk.scaled(block_px)
+    wrap = canvas.wrap
+    if wrap is not None:
+        by_columns = strip.grid.by_columns
+        if (wrap.columns if by_columns else wrap.rows) is not None:
+            raise InfDiTError(
+                "expected no wrap along the longer side of a picture in strips; take one GPU"
+            )
+        wrap = Wrap(wrap.rows, None) if by_columns else Wrap(None, wrap.columns)
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[..., rows, columns]
+
+    return replace(
+        canvas,
+        concat=canvas.concat[..., rows, columns],
+        start=part(canvas.start),
+        mask=part(canvas.mask),
+        wrap=wrap,
+    )
