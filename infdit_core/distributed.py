@@ -68,7 +68,7 @@ class StripSampler(Sampler):
         px, (height, width) = self.block_px, canvas.concat.shape[-2:]
         grid = Grid(height // px, width // px)
         ranks = min(dist.get_world_size(), grid.lines)
-        chunks, rank = grid.strips(ranks), dist.get_rank()
+        chunks, rank = grid.strips([1] * ranks), dist.get_rank()
         generator = torch.Generator().manual_seed(self.seed)
         noise = canvas.noise(lambda shape: torch.randn(shape, generator=generator))
         own = None

@@ -7,7 +7,7 @@ left, and all that a later chunk needs of earlier ones is a `Frontier` of keys a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -111,20 +111,26 @@ class Grid(NamedTuple):
         """Lines of blocks, one after the other along the longer side of a picture."""
         return self.columns if self.by_columns else self.rows
 
-    def strips(self, count: int) -> list[Chunk]:
-        """The picture in `count` strips of whole lines, the first ones a line longer.
+    def strips(self, shares: Sequence[float]) -> list[Chunk]:
+        """The picture in strips of whole lines, at least one each.
+
+        Args:
+            shares: how much of the picture each strip gets, in relation to each other.
 
         Raises:
             InfDiTError: there are fewer lines.
         """
+        count = len(shares)
         if not 1 <= count <= self.lines:
             raise InfDiTError(
                 f"expected at most as many strips as the picture's {self.lines} lines of blocks,"
                 f" got {count}"
             )
-        least, more = divmod(self.lines, count)
-        ends = list(accumulate(least + (i < more) for i in range(count)))
-        lines = [Chunk(a, b, 0, self.line_blocks) for a, b in pairwise([0, *ends])]
+        wanted = [self.lines * end / sum(shares) for end in accumulate(shares)]
+        ends = [0]
+        for n, end in enumerate(wanted, 1):
+            ends.append(max(ends[-1] + 1, min(round(end), self.lines - (count - n))))
+        lines = [Chunk(a, b, 0, self.line_blocks) for a, b in pairwise(ends)]
         return [self.scanned(strip) for strip in lines]
 
     def scanned(self, chunk: Chunk) -> Chunk:

@@ -15,22 +15,27 @@ T = TypeVar("T")
 
 
 def in_strips(
-    grid: Grid, devices: Sequence[torch.device], compute: Callable[[Strip, torch.device], T]
+    grid: Grid,
+    devices: Sequence[torch.device],
+    compute: Callable[[Strip, torch.device], T],
+    speeds: Sequence[float] | None = None,
 ) -> list[T]:
     """What `compute` returns for each strip of a picture, on as many devices as it has lines for.
 
     Args:
         grid: of the picture.
         devices: of the strips, from the first to the last.
+        compute: called in a thread for each strip.
+        speeds: of the devices, in relation to each other; all the same if None.
 
     Raises:
         the error of the first strip that failed; the others stop.
     """
     devices = devices[: grid.lines]
+    shares = (speeds or [1.0] * len(devices))[: grid.lines]
     links = LocalLinks(devices)
     strips = [
-        Strip(grid, chunk, link)
-        for chunk, link in zip(grid.strips(len(devices)), links, strict=True)
+        Strip(grid, chunk, link) for chunk, link in zip(grid.strips(shares), links, strict=True)
     ]
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     failures: list[BaseException] = []

@@ -84,15 +84,19 @@ class Adaptive:
                 if not self._is_oom(error):
                     raise
                 failure = error.with_traceback(None)
-            smaller = self._smaller(_CLEARLY_SMALLER) or self._smaller(1.0)
-            if not smaller:
+            if not self.shrink():
                 raise failure
             del failure
-            self._free_memory()
-            logger.warning(
-                "Inf-DiT: out of memory with %s; going on with %s", self.plan, smaller[0]
-            )
-            self.plan = smaller[0]
+
+    def shrink(self) -> bool:
+        """Take the next smaller plan, after out of memory; False if there is none."""
+        smaller = self._smaller(_CLEARLY_SMALLER) or self._smaller(1.0)
+        if not smaller:
+            return False
+        self._free_memory()
+        logger.warning("Inf-DiT: out of memory with %s; going on with %s", self.plan, smaller[0])
+        self.plan = smaller[0]
+        return True
 
     def _allowed(self) -> list[Plan]:
         return [p for p in self._make_plans() if p.host_bytes <= self._host_bytes]

@@ -16,7 +16,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ...infdit_core.blocks.grid import Chunk, Frontier
+from ...infdit_core.blocks.grid import Chunk, Frontier, Strip
 from ...infdit_core.blocks.schedules import Full, Schedule
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.model import InfDiT
@@ -38,16 +38,18 @@ class CastingInfDiT(InfDiT):
         *,
         run: Run | None = None,
         dtype: torch.dtype | None = None,
+        strip: Strip | None = None,
     ) -> Tensor:
         schedule = schedule or Full()
-        layers = [layer for layer, _ in schedule.cells(self.grid(x), len(self.layers))[:2]]
+        grid = self.grid(x) if strip is None else strip.own_grid
+        layers = [layer for layer, _ in schedule.cells(grid, len(self.layers))[:2]]
         if len(set(layers)) == len(layers):  # each layer is at work once, or again and again
-            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype)
+            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, strip=strip)
         with ExitStack() as stack:
             self._weights = _LayerWeights(self, sigma.device, dtype or x.dtype)
             stack.callback(self.__dict__.pop, "_weights")
             stack.callback(self._weights.release)
-            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype)
+            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, strip=strip)
 
     def lr_keys_values(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._weights is not None:

@@ -13,12 +13,14 @@ import comfy.latent_formats
 import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ...infdit_core import edm
+from ...infdit_core.blocks.grid import Strip
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.host import waiting_bytes
@@ -34,7 +36,8 @@ from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import named_errors, require
 from .casting import CastingInfDiT
 from .patches import check_patches
-from .runs import GPU_SHARE, ConditionState, Runs, ran_out_of_memory, workload
+from .runs import GPU_SHARE, ConditionState, PlannedRun, Runs, ran_out_of_memory, workload
+from .several_gpus import CLONES, evaluate_in_strips
 
 CLIP_ATTACHMENT = "infdit_clip"
 """Attachment of the patcher: the `PatchedClip` that came in the model's file, or None."""
@@ -278,24 +281,56 @@ class DiffusionModel(torch.nn.Module):
             )
         cond = Condition(conds["concat"], conds["lr"], conds.get("vector"))
         state: ConditionState = conds["run"]
-        if state.cache is None and (layers := options.get(REUSE_LAYERS, 0)):
-            state.cache = ResidualCache(layers, _SAME_SIGMA)
-        run = state.runs.on(x.device)
-        run.progress, run.cache = _interruptible(options.get(PROGRESS)), state.cache
-        self._compile(state.compiler or ("inductor" if options.get(COMPILE) else None))
-
         sigma = (4 * timestep).exp()
         wrap = state.wrap or (lambda picture: picture)
         x = wrap(x)
+        clones = options.get(CLONES, ())[: self.net.grid(x).lines]
+        if len(clones) > 1:
+            orders = options.get(SCHEDULE), options.get(MEMORY)
+            return wrap(evaluate_in_strips(clones, x, sigma, cond, state, options, *orders))
+        run = self.ready(state, options, x.device)
 
         def evaluate(schedule: Schedule) -> torch.Tensor:
-            with _compile_errors_named():
-                return wrap(self._evaluate(x, sigma, cond, schedule, run, state.base))
+            return wrap(self.evaluate(x, sigma, cond, schedule, run, state.base))
 
         if (schedule := options.get(SCHEDULE)) is not None:
             run.check(self.net, x, schedule)
             return evaluate(schedule)
         return run.plan(self.net, x, options.get(MEMORY)).call(evaluate)
+
+    def ready(
+        self,
+        state: ConditionState,
+        options: dict,
+        device: torch.device,
+        patcher: comfy.model_patcher.ModelPatcher | None = None,
+    ) -> PlannedRun:
+        """The run of a device with what `transformer_options` ask for.
+
+        Args:
+            patcher: of this model, where it is a clone.
+        """
+        if device not in state.caches and (layers := options.get(REUSE_LAYERS, 0)):
+            state.caches[device] = ResidualCache(layers, _SAME_SIGMA)
+        run = state.runs.on(device, patcher)
+        run.progress = _interruptible(options.get(PROGRESS))
+        run.cache = state.caches.get(device)
+        self._compile(state.compiler or ("inductor" if options.get(COMPILE) else None))
+        return run
+
+    def evaluate(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        cond: Condition,
+        schedule: Schedule,
+        run: Run,
+        base: torch.Tensor | None,
+        strip: Strip | None = None,
+    ) -> torch.Tensor:
+        """F of a picture or of a strip, errors of the compiler named; see `_evaluate`."""
+        with _compile_errors_named():
+            return self._evaluate(x, sigma, cond, schedule, run, base, strip)
 
     def _evaluate(
         self,
@@ -305,17 +340,18 @@ class DiffusionModel(torch.nn.Module):
         schedule: Schedule,
         run: Run,
         base: torch.Tensor | None,
+        strip: Strip | None,
     ) -> torch.Tensor:
         """F, or with a prior what ComfyUI's c_skip · x + c_out · F must be given in its place.
 
         What is denoised then is x - P: D = P + c_skip · (x - P) + c_out · F(c_in · (x - P)).
         """
         if base is None:
-            return self.net(x, sigma, cond, schedule, run=run)
+            return self.net(x, sigma, cond, schedule, run=run, strip=strip)
         data = self.net.config.sigma_data
         c_in = edm.preconditioning(sigma.float(), data).c_in[:, None, None, None]
         scaled = c_in * base.to(x.device)  # 1 - c_skip is c_out · c_in · sigma / sigma_data
-        out = self.net((x - scaled).to(x.dtype), sigma, cond, schedule, run=run)
+        out = self.net((x - scaled).to(x.dtype), sigma, cond, schedule, run=run, strip=strip)
         return out.float() + sigma.float()[:, None, None, None] / data * scaled
 
 

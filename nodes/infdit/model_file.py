@@ -8,10 +8,12 @@ import re
 import comfy.model_management
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
 from .comfy_model import InfDiTModel, InfDiTModelConfig
+from .several_gpus import strips_for_clones
 
 _FP8 = torch.float8_e4m3fn
 _FP8_WEIGHT = re.compile(r"layers\.\d+\.(attention\.(qkv|dense)|mlp\.fc[12])\.weight")
@@ -68,6 +70,7 @@ def load_patcher(
     patchers = comfy.model_patcher
     patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher.add_wrapper(WrappersMP.CALC_COND_BATCH, strips_for_clones)
     model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
     model.infdit.metadata = checkpoint.metadata
     return patcher

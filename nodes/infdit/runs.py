@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ...infdit_core.blocks.grid import Strip
 from ...infdit_core.blocks.host_buffer import HostBuffer, Unpin
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
@@ -47,11 +48,19 @@ class PlannedRun(Run):
         super().__init__()
         self.host = HostBuffer(_pin)
 
-    def plan(self, net: InfDiT, x: torch.Tensor, memory_bytes: float | None) -> Adaptive:
-        """The fastest schedule for x (B, 3, H, W) that fits."""
+    def plan(
+        self,
+        net: InfDiT,
+        x: torch.Tensor,
+        memory_bytes: float | None,
+        strip: Strip | None = None,
+    ) -> Adaptive:
+        """The fastest schedule for x (B, 3, H, W), or a strip of a picture, that fits."""
         if self.adaptive is None:
             work = workload(net, x.shape, x.dtype, x.device)
             work = replace(work, residual=self.cache is not None)
+            if strip is not None:
+                work = replace(work, strip_of_columns=strip.grid.by_columns)
             free = memory_bytes or self._budget(x)
             self.adaptive = Adaptive(
                 lambda: self._plans(work),
@@ -122,10 +131,13 @@ class Runs:
             return False
         return self._lr.shape == lr.shape and torch.equal(self._lr, lr)
 
-    def on(self, device: torch.device) -> PlannedRun:
+    def on(
+        self, device: torch.device, patcher: comfy.model_patcher.ModelPatcher | None = None
+    ) -> PlannedRun:
+        """Of a device, and of the clone of the model there."""
         if (run := self._by_device.get(device)) is None:
             run = self._by_device[device] = PlannedRun()
-        run.patcher = self.patcher
+        run.patcher = patcher or self.patcher
         if self._hooked:  # they change weights, and by step
             run.lr_kv = None
         return run
@@ -136,7 +148,8 @@ class ConditionState:
     """What a condition has of its own in a sampling, and what it shares with others."""
 
     runs: Runs
-    cache: ResidualCache | None = None
+    caches: dict[torch.device, ResidualCache] = field(default_factory=dict)
+    """By device, where layers are left out."""
     compiler: str | Callable | None = None
     """The backend that core's node TorchCompileModel asks for; None for no such node."""
     wrap: Wrap | None = None

@@ -27,7 +27,7 @@ def in_parts(model, x, sigma, cond, count, schedules, runs=None):
     result = torch.empty_like(x)
 
     def compute(strip: Strip, _) -> None:
-        n = grid.strips(count).index(strip.chunk)
+        n = grid.strips([1] * count).index(strip.chunk)
         rows, columns = strip.chunk.scaled(side)
         own = replace(cond, concat=cond.concat[..., rows, columns])
         run = runs[n] if runs else None
@@ -61,10 +61,12 @@ def test_strips_of_different_orders_and_a_run_of_several_evaluations(model):
 
 
 def test_uneven_lines():
-    assert Grid(7, 2).strips(3) == [Chunk(0, 3, 0, 2), Chunk(3, 5, 0, 2), Chunk(5, 7, 0, 2)]
-    assert Grid(2, 5).strips(2) == [Chunk(0, 2, 0, 3), Chunk(0, 2, 3, 5)]
+    assert Grid(7, 2).strips([1] * 3) == [Chunk(0, 2, 0, 2), Chunk(2, 5, 0, 2), Chunk(5, 7, 0, 2)]
+    assert Grid(2, 5).strips([1, 1]) == [Chunk(0, 2, 0, 2), Chunk(0, 2, 2, 5)]
+    assert Grid(8, 2).strips([3, 1]) == [Chunk(0, 6, 0, 2), Chunk(6, 8, 0, 2)]
+    assert Grid(3, 1).strips([100, 1, 1]) == [Chunk(n, n + 1, 0, 1) for n in range(3)]
     with pytest.raises(InfDiTError, match="at most as many strips as the picture's 5 lines"):
-        Grid(2, 5).strips(6)
+        Grid(2, 5).strips([1] * 6)
 
 
 def test_more_devices_than_lines_of_blocks(model):
