@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..errors import InfDiTError
 from .config import NULL_CLASS
-from .model import DiMR
 
 STEPS = 1000
 """Knots of the noise schedule; at the last but 999 sampling ends."""
@@ -26,6 +25,8 @@ CFG_SCALE = 1.4
 LATENT_SCALE = 0.18215
 """What the latents of SD 1.5's autoencoder are multiplied with."""
 
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""eps of x, t and classes, as a `DiMR` gives it."""
 Denoise = Callable[[Tensor, float], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
 """Called with the evaluations done before this one, x and its denoised."""
@@ -134,7 +135,7 @@ def cfg_decay(t: float, scale: float, exponent: float) -> float:
 
 @torch.no_grad()
 def sample(
-    model: DiMR,
+    model: Network,
     noise: Tensor,
     classes: Tensor,
     *,
@@ -154,15 +155,17 @@ def sample(
         dtype: of the computation.
         callback: may raise to cancel.
     """
-    sigmas = uniform_sigmas(evaluations).to(noise.device)
+    sigmas = uniform_sigmas(evaluations)  # on the CPU: a device would be waited for
     null = torch.full_like(classes, NULL_CLASS)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
-        t = time_of(level)
-        scaled = (x / (sigma**2 + 1) ** 0.5).to(dtype)
+        level = torch.tensor([sigma])
+        time = time_of(level)
+        t = time.to(x.device)
+        # As float32, like ComfyUI's, so that its results are the same to the bit.
+        scaled = (x / ((level**2 + 1) ** 0.5).to(x.device)).to(dtype)
         cond = x - model(scaled, t, classes) * sigma
-        scale = cfg_scale if exponent is None else cfg_decay(t[0].item(), cfg_scale, exponent)
+        scale = cfg_scale if exponent is None else cfg_decay(time.item(), cfg_scale, exponent)
         if scale == 1:
             return cond
         uncond = x - model(scaled, t, null) * sigma
