@@ -1,6 +1,7 @@
 """The authors' noise schedule and solver: singlestep DPM-Solver++ on a grid uniform in time.
 
-Latents are in the scale of k-diffusion, x = z + sigma · noise; the authors have x / sqrt(1 + sigma²).
+Latents are in the scale of k-diffusion, x = z + sigma · noise; the authors' are
+x / sqrt(1 + sigma²).
 """
 
 from __future__ import annotations
