@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,12 +32,9 @@ from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
 from ..sampling import Preset, find_preset
 from ..upscale import Sampler, upscale
+from .common import UsageError, choose_device, choose_dtype, say, warn
 from .jobs import CommandError, Jobs, Size, check_jobs, check_result, make_folder, plan_jobs
 from .progress import Progress
-
-
-class UsageError(Exception):
-    """Arguments that contradict each other."""
 
 
 class Job(NamedTuple):
@@ -64,13 +60,13 @@ def upscale_files(args: argparse.Namespace) -> int:
         args.overwrite,
         recursive=args.recursive,
         debug=args.debug,
-        tell=_warn,
+        tell=warn,
     )
     check_wrap(args.wrap, args.colour_fix)
     if args.start and not jobs.single:
         raise UsageError("--start goes with a single picture")
     for target in jobs.finished:
-        _say(f"{target} is there already; --overwrite replaces it")
+        say(f"{target} is there already; --overwrite replaces it")
     if jobs.todo:
         _upscale_all(jobs, args)
     if jobs.failed:
@@ -79,10 +75,8 @@ def upscale_files(args: argparse.Namespace) -> int:
 
 
 def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
-    device = _device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
 
     @cache  # asked twice for each picture, it says once that one would shrink
     def result_size(source: Size) -> Size:
@@ -178,7 +172,7 @@ def _upscale_picture(
             wrap=args.wrap,
         )
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
-    _say(
+    say(
         f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"
         f" {time.monotonic() - started:.1f} s"
     )
@@ -188,11 +182,11 @@ def convert_file(args: argparse.Namespace) -> int:
     """Convert a checkpoint and say what became of it."""
     dtype = DTYPES[args.dtype] if args.dtype else None
     report = convert(args.source, args.target, dtype, overwrite=args.overwrite)
-    _say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
+    say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
     if report.dropped:
-        _say(f"dropped {len(report.dropped)} tensors that the network does not use")
+        say(f"dropped {len(report.dropped)} tensors that the network does not use")
     for key in report.unknown:
-        _say(f"unknown: {key}")
+        say(f"unknown: {key}")
     return 0
 
 
@@ -205,7 +199,7 @@ def inspect(args: argparse.Namespace) -> int:
         count = sum(torch.Size(shape).numel() for shape in shapes.values())
         dtypes = Counter(str(checkpoint.dtypes[key]).removeprefix("torch.") for key in shapes)
         clip = CLIP_PREFIX + "model."
-        _say(f"{args.file}: a complete Inf-DiT")
+        say(f"{args.file}: a complete Inf-DiT")
         lines: dict[str, object] = {
             **asdict(config),
             "block_px": config.block_px,
@@ -217,7 +211,7 @@ def inspect(args: argparse.Namespace) -> int:
             **checkpoint.metadata,
         }
     for name, value in lines.items():
-        _say(f"  {name}: {value}")
+        say(f"  {name}: {value}")
     return 0
 
 
@@ -286,14 +280,14 @@ def plan_table(args: argparse.Namespace) -> int:
     allowed = [p for p in found if p.host_bytes <= ram]
     chosen = next((p for p in allowed if args.memory is None or p.peak_bytes <= args.memory), None)
     petaflop = evaluation_flop(config, height, width) / 1e15
-    _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
+    say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
     column = max(len(str(p.schedule)) for p in found)
-    _say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
+    say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
     for p in found:
         mark = "> " if p is chosen else "  "
         host = gigabytes(p.host_bytes) if p.host_bytes else "-"
         row = f"{p.schedule!s:{column}}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
-        _say(mark + row)
+        say(mark + row)
     if chosen is None and args.memory is not None:
         smallest = min(allowed, key=lambda p: p.peak_bytes)
         raise CommandError(
@@ -301,28 +295,3 @@ def plan_table(args: argparse.Namespace) -> int:
             f" needs {smallest}"
         )
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CommandError(f"--device {name} cannot be used here: {reason}") from error
-    return device
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(_printable(line) + "\n")
-
-
-def _warn(line: str) -> None:
-    sys.stderr.write(_printable(f"infdit: {line}") + "\n")
-
-
-def _printable(line: str) -> str:
-    # What a file says of itself must not drive the terminal.
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)

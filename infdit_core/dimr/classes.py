@@ -1,62 +1,62 @@
-"""ImageNet's 1000 classes by name, as torchvision (BSD-3-Clause) lists them for its own models."""
+"""The classes of ImageNet by number and by name."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from ..errors import InfDiTError
-from .config import NULL_CLASS
+from .config import CLASSES, NULL_CLASS
 
-_LISTED = 10
+_MAX_CANDIDATES = 10
 
 
 @cache
 def class_names() -> tuple[str, ...]:
-    """The names of classes 0 to 999; a few, such as "crane", are those of two.
+    """The names of classes 0 to 999, each another, in the order of their sorted synset ids.
 
-    Raises:
-        InfDiTError: torchvision, which has them, is not installed.
+    From torchvision (BSD-3-Clause), the categories of its models trained on ImageNet.
     """
-    try:
-        from torchvision.models import ResNet18_Weights
-    except ImportError as error:
-        raise InfDiTError(
-            f"names of classes need torchvision, which is not usable here ({error}); expected a"
-            f" number of 0 to {NULL_CLASS - 1}, or `python -m pip install torchvision`"
-        ) from error
+    from torchvision.models import ResNet18_Weights  # takes a second
+
     return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def find_class(text: str) -> int:
-    """A class by its number, its name, or a part of a name that no other class has.
+    """The class that a number, a name, a unique part of a name or "207 golden retriever" means.
 
     Args:
-        text: 0 to 999, 1000 for no class, or a name such as "golden retriever".
+        text: numbers go to 1000, which stands for no class; names are searched for as they are
+            written, then in any case, then as a part.
 
     Raises:
-        InfDiTError: no such class, or several; lists them.
+        InfDiTError: none or several are meant; the message lists some.
     """
-    text = text.strip()
+    text = " ".join(text.split())
     if text.isascii() and text.isdigit():
         if int(text) <= NULL_CLASS:
             return int(text)
-        raise InfDiTError(f"expected a class of 0 to {NULL_CLASS}, got {text}")
+        raise InfDiTError(
+            f"expected a class from 0 to {CLASSES - 1}, or {NULL_CLASS} for none; got {text}"
+        )
     names = class_names()
-    small = text.casefold()
+    lower = text.lower()
+    numbered = [f"{index} {name}".lower() for index, name in enumerate(names)]
+    if lower in numbered:
+        return numbered.index(lower)
     found: list[int] = []
-    for fits in (
+    for matches in (
         lambda name: name == text,
-        lambda name: name.casefold() == small,
-        lambda name: bool(small) and small in name.casefold(),
+        lambda name: name.lower() == lower,
+        lambda name: bool(lower) and lower in name.lower(),
     ):
-        found = [number for number, name in enumerate(names) if fits(name)]
+        found = [index for index, name in enumerate(names) if matches(name)]
         if len(found) == 1:
             return found[0]
         if found:
             break
-    some = ", ".join(f"{number} {names[number]}" for number in found[:_LISTED])
-    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    got = f"{text!r} fits {len(found)}: {some}{more}" if found else f"got {text[:80]!r}"
-    raise InfDiTError(
-        f"expected the number or the name of one of ImageNet's classes, or a part of it; {got}"
-    )
+    expected = f"expected the number or the name of an ImageNet class; got {text[:80]!r}"
+    if not found:
+        raise InfDiTError(f"{expected}, which no name contains")
+    some = ", ".join(f"{index} {names[index]}" for index in found[:_MAX_CANDIDATES])
+    more = ", ..." if len(found) > _MAX_CANDIDATES else ""
+    raise InfDiTError(f"{expected}, which {len(found)} names contain: {some}{more}")

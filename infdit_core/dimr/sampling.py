@@ -1,6 +1,6 @@
 """The authors' noise schedule and solver: singlestep DPM-Solver++ on a grid uniform in time.
 
-Latents are in the scale of k-diffusion, x = z + sigma · noise; the authors' are
+Latents are in the scale of k-diffusion, x = z + sigma · noise; the authors have
 x / sqrt(1 + sigma²).
 """
 
@@ -44,16 +44,24 @@ def sigma_of(t: Tensor) -> Tensor:
     """Noise levels of times in [1/1000, 1], any shape; log alpha is linear between the knots."""
     knots = np.arange(1, STEPS + 1) / STEPS
     log_alpha = np.interp(t.double().cpu().numpy(), knots, _log_alphas())
-    return torch.from_numpy(np.sqrt(np.expm1(-2 * log_alpha))).to(t)
+    return torch.from_numpy(np.asarray(np.sqrt(np.expm1(-2 * log_alpha)))).to(t)
+
+
+def timestep_of(sigma: Tensor) -> Tensor:
+    """1000 t - 1 of noise levels of any shape, which is the knots' index with fractions.
+
+    Levels outside of the schedule get its ends.
+    """
+    log_alpha = -np.log1p(sigma.double().cpu().numpy() ** 2) / 2
+    # np.interp wants rising positions
+    index = np.interp(log_alpha, _log_alphas()[::-1], np.arange(STEPS)[::-1])
+    return torch.from_numpy(np.asarray(index)).to(sigma)
 
 
 def time_of(sigma: Tensor) -> Tensor:
     """The inverse of `sigma_of`; levels outside of the schedule get its ends."""
-    log_alpha = -np.log1p(sigma.double().cpu().numpy() ** 2) / 2
-    knots = np.arange(1, STEPS + 1) / STEPS
-    # np.interp wants rising positions
-    t = np.interp(log_alpha, _log_alphas()[::-1], knots[::-1])
-    return torch.from_numpy(np.asarray(t)).to(sigma)
+    # By way of the timestep, as in ComfyUI, whose models get nothing else: the same bits
+    return (timestep_of(sigma) + 1) / STEPS
 
 
 def uniform_sigmas(evaluations: int = EVALUATIONS) -> Tensor:
@@ -160,11 +168,11 @@ def sample(
     null = torch.full_like(classes, NULL_CLASS)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        level = torch.tensor([sigma])
+        # float32 throughout, as k-diffusion has it: the same bits in ComfyUI
+        level = torch.tensor(sigma)
         time = time_of(level)
-        t = time.to(x.device)
-        # As float32, like ComfyUI's, so that its results are the same to the bit.
-        scaled = (x / ((level**2 + 1) ** 0.5).to(x.device)).to(dtype)
+        scaled = (x / (level**2 + 1).sqrt().to(x.device)).to(dtype)
+        t = time[None].to(x.device)
         cond = x - model(scaled, t, classes) * sigma
         scale = cfg_scale if exponent is None else cfg_decay(time.item(), cfg_scale, exponent)
         if scale == 1:
@@ -173,7 +181,7 @@ def sample(
         return uncond + (cond - uncond) * scale
 
     x = noise * (1 + sigmas[0] ** 2).sqrt()
-    return finished(singlestep(denoise, x, sigmas, callback), sigmas[-1])
+    return finished(singlestep(denoise, x, sigmas, callback), sigmas[-1].to(x.device))
 
 
 def finished(x: Tensor, sigma: Tensor) -> Tensor:

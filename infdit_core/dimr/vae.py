@@ -22,6 +22,7 @@ _EXPECTED = "expected the VAE of Stable Diffusion 1.5, or a whole checkpoint tha
 _MARK = "decoder.conv_in.weight"
 _MULTIPLES = (4, 4, 2, 1)
 """Channels of the levels, from the coarsest, by those of the finest."""
+LATENT_CHANNELS = 4
 _BLOCKS, _GROUPS = 3, 32
 _WIDTHS = range(_GROUPS, 513, _GROUPS)
 """Channels of the finest level that are taken; SD 1.5 has 128."""
@@ -85,8 +86,8 @@ def _layers(width: int) -> dict[str, nn.Module]:
     """All layers in their order; SD 1.5's `width` is 128."""
     dim = _MULTIPLES[0] * width
     layers: dict[str, nn.Module] = {
-        "post_quant_conv": nn.Conv2d(4, 4, 1),
-        "decoder.conv_in": _Conv(4, dim),
+        "post_quant_conv": nn.Conv2d(LATENT_CHANNELS, LATENT_CHANNELS, 1),
+        "decoder.conv_in": _Conv(LATENT_CHANNELS, dim),
         "decoder.mid.block_1": _Block(dim, dim),
         "decoder.mid.attn_1": _Attention(dim),
         "decoder.mid.block_2": _Block(dim, dim),
