@@ -64,6 +64,22 @@ def read_config(checkpoint: Checkpoint, heads: int | None = None) -> DiMRConfig:
         raise CheckpointError(f"{name} is not a usable DiMR checkpoint: {error}") from error
 
 
+def check(checkpoint: Checkpoint, config: DiMRConfig) -> dict[str, tuple[int, ...]]:
+    """Insist on exactly the tensors of the network; their shapes.
+
+    Raises:
+        CheckpointError: some are missing, misshapen or unknown. Lists them.
+    """
+    needed = release_shapes(config)
+    if unknown := require_tensors(checkpoint, needed, "a DiMR of this size"):
+        some = ", ".join(unknown[:MAX_LISTED])
+        raise CheckpointError(
+            f"{checkpoint.path.name} has {len(unknown)} tensors that no DiMR of this size has:"
+            f" {some}"
+        )
+    return needed
+
+
 def read_network(
     checkpoint: Checkpoint, heads: int | None = None
 ) -> tuple[DiMRConfig, dict[str, Tensor]]:
@@ -73,13 +89,7 @@ def read_network(
         CheckpointError: not exactly the tensors of a DiMR.
     """
     config = read_config(checkpoint, heads)
-    needed = release_shapes(config)
-    if unknown := require_tensors(checkpoint, needed, "a DiMR of this size"):
-        some = ", ".join(unknown[:MAX_LISTED])
-        raise CheckpointError(
-            f"{checkpoint.path.name} has {len(unknown)} tensors that no DiMR of this size has:"
-            f" {some}"
-        )
+    needed = check(checkpoint, config)
     return config, network_state_dict({key: checkpoint.tensor(key) for key in needed}, config)
 
 
