@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoints.convert import convert
+from ..checkpoints.convert import convert, infdit_contents
 from ..checkpoints.load import check, load_model, read_config
 from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
@@ -185,7 +185,9 @@ def _upscale_picture(
 def convert_file(args: argparse.Namespace) -> int:
     """Convert a checkpoint and say what became of it."""
     dtype = DTYPES[args.dtype] if args.dtype else None
-    report = convert(args.source, args.target, dtype, overwrite=args.overwrite)
+    with open_checkpoint(args.source) as checkpoint:
+        contents = dimr.contents if dimr.holds_dimr(checkpoint) else infdit_contents
+    report = convert(args.source, args.target, dtype, overwrite=args.overwrite, contents=contents)
     say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
     if report.dropped:
         say(f"dropped {len(report.dropped)} tensors that the network does not use")

@@ -285,11 +285,13 @@ def _add_convert(commands, common: argparse.ArgumentParser) -> None:
         "convert",
         parents=[common],
         help="convert a checkpoint to .safetensors",
-        description="Convert a checkpoint to .safetensors: what the network does not use is"
-        " dropped, a CLIP tower is kept.",
+        description="Convert a checkpoint of Inf-DiT or DiMR to .safetensors: what the network does"
+        " not use is dropped, a CLIP tower is kept.",
     )
     parser.set_defaults(command=convert_file)
-    parser.add_argument("source", type=Path, help="the release's .pt, or a .safetensors file")
+    parser.add_argument(
+        "source", type=Path, help="the release's .pt or .pth, or a .safetensors file"
+    )
     parser.add_argument("target", type=Path, help="ends in .safetensors")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the source")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")

@@ -36,7 +36,7 @@ class Progress:
 
 
 @contextmanager
-def evaluation_bar(name: str, total: int) -> Iterator[Callable[..., None]]:
+def evaluation_bar(name: str, total: int) -> Iterator[Callable[..., object]]:
     """A bar on a terminal, and what moves it by one evaluation, whatever it is called with."""
     from tqdm import tqdm
 

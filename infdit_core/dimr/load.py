@@ -15,6 +15,7 @@ from ..checkpoints.checkpoint import (
     open_checkpoint,
     require_tensors,
 )
+from ..checkpoints.convert import Contents
 from ..checkpoints.foreign import describe_tensors
 from .config import HEADS, HEADS_KEY, DiMRConfig
 from .model import DiMR
@@ -91,6 +92,12 @@ def read_network(
     config = read_config(checkpoint, heads)
     needed = check(checkpoint, config)
     return config, network_state_dict({key: checkpoint.tensor(key) for key in needed}, config)
+
+
+def contents(checkpoint: Checkpoint) -> Contents:
+    """The network, for `checkpoints.convert`; see `read_config` and `check`."""
+    config = read_config(checkpoint)
+    return Contents("dimr", config, list(check(checkpoint, config)), [])
 
 
 def load_model(

@@ -29,7 +29,7 @@ LATENT_SCALE = 0.18215
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """eps of x, t and classes, as a `DiMR` gives it."""
 Denoise = Callable[[Tensor, float], Tensor]
-Callback = Callable[[int, Tensor, Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], object]
 """Called with the evaluations done before this one, x and its denoised."""
 
 

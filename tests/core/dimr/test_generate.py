@@ -224,14 +224,21 @@ def test_interrupted_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_inspect(model, capsys):
-    assert main(["inspect", str(model)]) == 0
+def test_convert_then_inspect(model, tmp_path, capsys):
+    target = tmp_path / "small.safetensors"
+    assert main(["convert", str(model), str(target), "--dtype", "bf16"]) == 0
+    assert main(["inspect", str(target)]) == 0
     said = capsys.readouterr().out
     for line in (
-        "tiny.safetensors: a complete DiMR\n",
+        "small.safetensors: 198 tensors, ",
+        "small.safetensors: a complete DiMR\n",
         "stage 0: dim 48, hidden_dim 96, blocks 5, side 16, stem 2, final_kernel 3, heads 4",
         "latent: 4×32×32\n",
         "parameters: 273,848\n",
-        "dtype: float16 (198 tensors)\n",
+        "dtype: bfloat16 (198 tensors)\n",
+        "dimr.source: tiny.safetensors\n",
     ):
         assert line in said
+    state = load_model(target).state_dict()
+    for name, tensor in load_model(model).state_dict().items():
+        assert torch.equal(state[name], tensor.bfloat16().float())
