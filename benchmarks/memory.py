@@ -1,8 +1,8 @@
 """Draw predicted peak memory against picture size: python -m benchmarks.memory [RESULT.json ...]
 
 The planner's numbers for the released model in bf16, from 1024² to 16384², by budget; measured
-points are added from results that `benchmarks.evaluation` wrote. Writes memory.json, DiMR's memory included,
-and memory.png to benchmarks/results.
+points are added from results that `benchmarks.evaluation` wrote. Writes memory.json, with both
+released DiMRs, and memory.png to benchmarks/results.
 """
 
 from __future__ import annotations
