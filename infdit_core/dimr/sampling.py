@@ -1,7 +1,6 @@
 """The authors' noise schedule and solver: singlestep DPM-Solver++ on a grid uniform in time.
 
-Latents are in the scale of k-diffusion, x = z + sigma · noise; the authors have
-x / sqrt(1 + sigma²).
+Latents are in the scale of k-diffusion, z + sigma · noise; the authors divide by sqrt(1 + sigma²).
 """
 
 from __future__ import annotations
@@ -173,11 +172,11 @@ def sample(
         time = time_of(level)
         scaled = (x / (level**2 + 1).sqrt().to(x.device)).to(dtype)
         t = time[None].to(x.device)
-        cond = x - model(scaled, t, classes) * sigma
+        cond = x - model(scaled, t, classes) * level
         scale = cfg_scale if exponent is None else cfg_decay(time.item(), cfg_scale, exponent)
         if scale == 1:
             return cond
-        uncond = x - model(scaled, t, null) * sigma
+        uncond = x - model(scaled, t, null) * level
         return uncond + (cond - uncond) * scale
 
     x = noise * (1 + sigmas[0] ** 2).sqrt()
