@@ -220,14 +220,15 @@ def _add_generate(commands, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="draw pictures of ImageNet's classes with DiMR",
         description="Draw pictures of 256×256 of ImageNet's classes with DiMR, which takes no text."
-        " They are the latents of its nodes in ComfyUI for the same seed, to the bit on a CPU.",
+        " On a CPU without --cfg-exponent the latents are to the bit those of its nodes in ComfyUI"
+        " for the same seed.",
     )
     parser.set_defaults(command=generate_files)
     parser.add_argument(
         "--model",
         type=Path,
         required=True,
-        help="DiMR-XL_2R_800epochs.pth or -G_2R_, of the authors",
+        help="the authors' DiMR-XL_2R_800epochs.pth or DiMR-G_2R_800epochs.pth",
     )
     parser.add_argument(
         "--class",
@@ -264,13 +265,13 @@ def _add_generate(commands, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cfg",
-        type=_cfg,
+        type=_to_100,
         default=CFG_SCALE,
         help="strength of guidance, 1 for none (default: %(default)g, as the authors)",
     )
     parser.add_argument(
         "--cfg-exponent",
-        type=_exponent,
+        type=_to_100,
         help="lets guidance grow from 1 to --cfg, the later the higher this is (default: the same"
         " guidance at all times)",
     )
@@ -359,6 +360,5 @@ _count = _number(int, lambda n: n >= 0, "a whole number of at least 0")
 _positive = _number(int, lambda n: n >= 1, "a whole number of at least 1")
 _few = _number(int, lambda n: 1 <= n <= 10_000, "a whole number of 1 to 10000")
 _evaluations = _number(int, lambda n: 1 <= n <= STEPS, f"a whole number of 1 to {STEPS}")
-_cfg = _number(float, lambda n: 0 <= n <= 100, "a number from 0 to 100")
-_exponent = _number(float, lambda n: 0 < n <= 100, "a number above 0 and up to 100")
+_to_100 = _number(float, lambda n: 0 <= n <= 100, "a number from 0 to 100")
 _seed = _number(int, lambda n: 0 <= n <= 2**64 - 1, "a number from 0 to 2^64 - 1")
