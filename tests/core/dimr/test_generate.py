@@ -1,5 +1,6 @@
 """`infdit generate`, with the tiny network of random weights."""
 
+import importlib
 import socket
 from pathlib import Path
 
