@@ -72,8 +72,7 @@ def test_latents_are_comfyuis(comfy, model):
     import comfy.sample
     import folder_paths
 
-    import nodes
-
+    nodes = importlib.import_module("nodes")  # ComfyUI's, where ours has the same name
     drawn = Path(folder_paths.get_input_directory()) / "dimr"
     names = ["207", "black swan"]
     options = ("--count", 3, "--seed", 7, "--cfg", 3, "--cfg-exponent", 2, "-o", drawn)
