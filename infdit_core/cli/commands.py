@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
-from ..checkpoints.checkpoint import open_checkpoint
-from ..checkpoints.convert import convert
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.convert import convert, infdit_contents
 from ..checkpoints.load import check, load_model, read_config
 from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
+from ..dimr import load as dimr
 from ..memory.adaptive import is_out_of_memory
 from ..memory.host import gigabytes, require_memory, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
@@ -33,12 +34,11 @@ from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
 from ..sampling import Preset, find_preset
 from ..upscale import Sampler, upscale
+from .common import UsageError, choose_device, choose_dtype, say, warn
 from .jobs import CommandError, Jobs, Size, check_jobs, check_result, make_folder, plan_jobs
 from .progress import Progress
 
-
-class UsageError(Exception):
-    """Arguments that contradict each other."""
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Job(NamedTuple):
@@ -64,13 +64,13 @@ def upscale_files(args: argparse.Namespace) -> int:
         args.overwrite,
         recursive=args.recursive,
         debug=args.debug,
-        tell=_warn,
+        tell=warn,
     )
     check_wrap(args.wrap, args.colour_fix)
     if args.start and not jobs.single:
         raise UsageError("--start goes with a single picture")
     for target in jobs.finished:
-        _say(f"{target} is there already; --overwrite replaces it")
+        say(f"{target} is there already; --overwrite replaces it")
     if jobs.todo:
         _upscale_all(jobs, args)
     if jobs.failed:
@@ -79,10 +79,8 @@ def upscale_files(args: argparse.Namespace) -> int:
 
 
 def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
-    device = _device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
 
     @cache  # asked twice for each picture, it says once that one would shrink
     def result_size(source: Size) -> Size:
@@ -178,7 +176,7 @@ def _upscale_picture(
             wrap=args.wrap,
         )
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
-    _say(
+    say(
         f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"
         f" {time.monotonic() - started:.1f} s"
     )
@@ -187,38 +185,57 @@ def _upscale_picture(
 def convert_file(args: argparse.Namespace) -> int:
     """Convert a checkpoint and say what became of it."""
     dtype = DTYPES[args.dtype] if args.dtype else None
-    report = convert(args.source, args.target, dtype, overwrite=args.overwrite)
-    _say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
+    with open_checkpoint(args.source) as checkpoint:
+        contents = dimr.contents if dimr.holds_dimr(checkpoint) else infdit_contents
+    report = convert(args.source, args.target, dtype, overwrite=args.overwrite, contents=contents)
+    say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
     if report.dropped:
-        _say(f"dropped {len(report.dropped)} tensors that the network does not use")
+        say(f"dropped {len(report.dropped)} tensors that the network does not use")
     for key in report.unknown:
-        _say(f"unknown: {key}")
+        say(f"unknown: {key}")
     return 0
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Describe a checkpoint; an incomplete one is an error."""
     with open_checkpoint(args.file) as checkpoint:
-        config = read_config(checkpoint)
-        unknown = check(checkpoint, config)
-        shapes = release_shapes(config)
-        count = sum(torch.Size(shape).numel() for shape in shapes.values())
+        name, describe = ("DiMR", _dimr) if dimr.holds_dimr(checkpoint) else ("Inf-DiT", _infdit)
+        shapes, lines = describe(checkpoint)
         dtypes = Counter(str(checkpoint.dtypes[key]).removeprefix("torch.") for key in shapes)
-        clip = CLIP_PREFIX + "model."
-        _say(f"{args.file}: a complete Inf-DiT")
-        lines: dict[str, object] = {
-            **asdict(config),
-            "block_px": config.block_px,
-            "parameters": f"{count:,}",
+        lines |= {
+            "parameters": f"{sum(map(math.prod, shapes.values())):,}",
             "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in dtypes.items()),
-            "clip image tower": "yes" if clip + "visual.proj" in checkpoint.shapes else "no",
-            "clip text tower": "yes" if clip + "ln_final.weight" in checkpoint.shapes else "no",
-            "unknown tensors": ", ".join(unknown) or "none",
             **checkpoint.metadata,
         }
-    for name, value in lines.items():
-        _say(f"  {name}: {value}")
+    say(f"{args.file}: a complete {name}")
+    for key, value in lines.items():
+        say(f"  {key}: {value}")
     return 0
+
+
+def _infdit(checkpoint: Checkpoint) -> tuple[Shapes, dict[str, object]]:
+    """Shapes of the network's tensors, and what is to be said of it."""
+    config = read_config(checkpoint)
+    unknown = check(checkpoint, config)
+    clip = CLIP_PREFIX + "model."
+    return release_shapes(config), {
+        **asdict(config),
+        "block_px": config.block_px,
+        "clip image tower": "yes" if clip + "visual.proj" in checkpoint.shapes else "no",
+        "clip text tower": "yes" if clip + "ln_final.weight" in checkpoint.shapes else "no",
+        "unknown tensors": ", ".join(unknown) or "none",
+    }
+
+
+def _dimr(checkpoint: Checkpoint) -> tuple[Shapes, dict[str, object]]:
+    """See `_infdit`."""
+    config = dimr.read_config(checkpoint)
+    stages = {
+        f"stage {n}": ", ".join(f"{name} {value}" for name, value in asdict(stage).items())
+        for n, stage in enumerate(config.stages)
+    }
+    side = config.latent_side
+    return dimr.check(checkpoint, config), {**stages, "latent": f"{config.channels}×{side}×{side}"}
 
 
 def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:
@@ -286,14 +303,14 @@ def plan_table(args: argparse.Namespace) -> int:
     allowed = [p for p in found if p.host_bytes <= ram]
     chosen = next((p for p in allowed if args.memory is None or p.peak_bytes <= args.memory), None)
     petaflop = evaluation_flop(config, height, width) / 1e15
-    _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
+    say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
     column = max(len(str(p.schedule)) for p in found)
-    _say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
+    say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
     for p in found:
         mark = "> " if p is chosen else "  "
         host = gigabytes(p.host_bytes) if p.host_bytes else "-"
         row = f"{p.schedule!s:{column}}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
-        _say(mark + row)
+        say(mark + row)
     if chosen is None and args.memory is not None:
         smallest = min(allowed, key=lambda p: p.peak_bytes)
         raise CommandError(
@@ -301,28 +318,3 @@ def plan_table(args: argparse.Namespace) -> int:
             f" needs {smallest}"
         )
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CommandError(f"--device {name} cannot be used here: {reason}") from error
-    return device
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(_printable(line) + "\n")
-
-
-def _warn(line: str) -> None:
-    sys.stderr.write(_printable(f"infdit: {line}") + "\n")
-
-
-def _printable(line: str) -> str:
-    # What a file says of itself must not drive the terminal.
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
