@@ -85,7 +85,7 @@ class Settings:
 
     def rate(self, step: int) -> float:
         """Of a step: a linear warm-up, then the same, as the authors have it."""
-        return self.learning_rate * min(1, (step + 1) / self.warmup_steps)
+        return self.learning_rate * min(1, (step + 1) / max(1, self.warmup_steps))
 
 
 class Trainer(Resumable[DiMR]):
@@ -215,7 +215,12 @@ def read_data(path: Path) -> tuple[Tensor, Tensor]:
     if missing := {"latents", "labels"} - found.keys():
         raise ValueError(f"{path.name}: expected latents and labels, without {sorted(missing)}")
     latents, labels = found["latents"], found["labels"]
-    if latents.ndim != 4 or latents.shape[-1] != latents.shape[-2] or latents.shape[-1] % 2:
+    if (
+        latents.ndim != 4
+        or 0 in latents.shape
+        or latents.shape[-1] != latents.shape[-2]
+        or latents.shape[-1] % 2
+    ):
         raise ValueError(
             f"{path.name}: expected latents (N, channels, side, side) of an even side,"
             f" got {tuple(latents.shape)}"

@@ -60,11 +60,11 @@ def test_it_learns_to_draw_what_it_is_asked_for():
     run = trainer()
     errors = torch.stack([run.train_step() for _ in range(300)])
     # Predicting nothing has an error of 1 at every stage.
-    assert errors[-50:].mean(dim=0).max() < 0.35
+    assert errors[-50:].mean(dim=0).max() < 0.28
     model = run.ema_model()
     plain, guided = (share_of_class(model, patterns(), scale) for scale in (1.0, 3.0))
-    assert plain > 0.45, "a tenth by chance"
-    assert guided > plain + 0.05
+    assert plain > 0.7, "a tenth by chance"
+    assert guided > plain + 0.04
     assert share_of_class(model, patterns(), 1.0, classes=NULL_CLASS) < 0.25
 
 
@@ -94,7 +94,9 @@ def test_it_learns_digits():
     run = trainer((latents, labels), width=64, batch_size=32, learning_rate=4e-3, warmup_steps=30)
     for _ in range(1500):
         run.train_step()
-    assert share_of_class(run.ema_model(), means, 3.0) > 0.6
+    plain, guided = (share_of_class(run.ema_model(), means, scale) for scale in (1.0, 3.0))
+    assert plain > 0.4, "a tenth by chance"
+    assert guided > 0.8
 
 
 def test_noise_is_the_authors_and_keeps_the_variance():
@@ -188,6 +190,7 @@ def test_data_come_from_either_kind_of_file(tmp_path):
     [
         ({"labels": None}, r"a\.safetensors: .* without \['labels'\]"),
         ({"latents": torch.zeros(2, 1, 4, 6)}, r"even side, got \(2, 1, 4, 6\)"),
+        ({"latents": torch.zeros(0, 1, 4, 4)}, r"even side, got \(0, 1, 4, 4\)"),
         ({"latents": torch.zeros(2, 1, 5, 5)}, r"even side, got \(2, 1, 5, 5\)"),
         ({"labels": torch.zeros(2)}, r"2 integers as labels, got torch\.float32 \(2,\)"),
         ({"labels": torch.zeros(3).long()}, r"2 integers as labels, got torch\.int64 \(3,\)"),
