@@ -3,7 +3,7 @@
 Relative L2 distance of bf16 and fp16 from fp32, weights and computation: of one evaluation at
 several times, and of a latent after 50 evaluations with guidance. The tiny networks are the
 recordings' (every parameter random); those of the released sizes start as training does, with
-random time-dependent parameters, and once with weights three times as large. `largest` is the
+random time-dependent parameters, XL/2R also with weights three times as large. `largest` is the
 largest number that a linear layer or convolution takes or gives; fp16 ends at 65504.
 """
 
@@ -28,7 +28,8 @@ from . import common
 
 GOLDEN = common.ROOT / "tests" / "golden" / "dimr"
 TINY_HEADS = {"tiny_2r": 4, "tiny_3r": 2}
-SIZES = {"XL/2R": XL_2R, "G/2R": G_2R}
+SIZES = {"XL/2R": (XL_2R, (1.0, 3.0)), "G/2R": (G_2R, (1.0,))}
+"""And how much larger than at the start of training the weights are."""
 TIMES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.001)
 FEW_TIMES = (1.0, 0.5, 0.001)
 """For the released sizes."""
@@ -119,9 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["sampled"][name] = sampled(model, halves)
         print(name, result["forward"][name], result["sampled"][name], flush=True)
     for name in args.sizes:
-        for scale in (1.0, 3.0):
+        config, scales = SIZES[name]
+        for scale in scales:
             row = f"{name}, weights × {scale:g}"
-            result["forward"][row] = forward(random_model(SIZES[name], scale), halves, FEW_TIMES)
+            result["forward"][row] = forward(random_model(config, scale), halves, FEW_TIMES)
             print(row, result["forward"][row], flush=True)
             common.save(path, result)
     common.save(path, result)
