@@ -50,8 +50,10 @@ def random_model(config: DiMRConfig, scale: float) -> DiMR:
     return model
 
 
-def distance(x: Tensor, reference: Tensor) -> float:
-    """Relative L2."""
+def distance(x: Tensor, reference: Tensor) -> float | None:
+    """Relative L2; None where numbers were too large for the format."""
+    if not x.isfinite().all():
+        return None
     return float(f"{((x - reference).norm() / reference.norm()).item():.2e}")
 
 
@@ -90,7 +92,7 @@ def forward(model: DiMR, dtypes: Sequence[str], times: Sequence[float]) -> dict:
     return result
 
 
-def sampled(model: DiMR, dtypes: Sequence[str]) -> dict[str, float]:
+def sampled(model: DiMR, dtypes: Sequence[str]) -> dict[str, float | None]:
     """The distances of the latents that a run ends with."""
     config = model.config
     side = config.latent_side
