@@ -1,8 +1,8 @@
 """Draw predicted peak memory against picture size: python -m benchmarks.memory [RESULT.json ...]
 
 The planner's numbers for the released model in bf16, from 1024² to 16384², by budget; measured
-points are added from results that `benchmarks.evaluation` wrote. Writes memory.json and memory.png
-to benchmarks/results.
+points are added from results that `benchmarks.evaluation` wrote. Writes memory.json, with both
+released DiMRs, and memory.png to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.dimr.config import G_2R, XL_2R
+from infdit_core.dimr.memory import sampling_bytes, weight_bytes
 from infdit_core.memory.planner import Workload, evaluation_bytes, plans
 
 from . import common
@@ -38,6 +40,22 @@ def table() -> list[dict]:
                 row = {"side": side, "budget_gb": budget, "schedule": str(plan.schedule)}
                 rows.append(row | {"peak_bytes": plan.peak_bytes, "host_bytes": plan.host_bytes})
     return rows
+
+
+def dimr_table() -> list[dict]:
+    """Both released DiMRs, alone and in batches."""
+    return [
+        {
+            "model": name,
+            "dtype": str(dtype),
+            "batch": batch,
+            "weight_bytes": weight_bytes(config, dtype),
+            "sampling_bytes": sampling_bytes(config, batch, dtype),
+        }
+        for name, config in (("XL/2R", XL_2R), ("G/2R", G_2R))
+        for dtype in (torch.bfloat16, torch.float32)
+        for batch in (1, 4, 16)
+    ]
 
 
 def draw(measured: Sequence[Path]) -> None:
@@ -73,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.arguments("memory", __doc__)
     parser.add_argument("measured", type=Path, nargs="*", help="results of benchmarks.evaluation")
     args = common.parse(parser, argv)
-    common.save(RESULTS / "memory.json", common.header(args) | {"rows": table()})
+    common.save(
+        RESULTS / "memory.json", common.header(args) | {"rows": table(), "dimr": dimr_table()}
+    )
     draw(args.measured)
 
 

@@ -109,7 +109,7 @@ class Settings:
         return levels
 
 
-class Distiller(Resumable):
+class Distiller(Resumable[InfDiT]):
     """The state of a run and one step of it."""
 
     settings: Settings
@@ -177,7 +177,7 @@ class Distiller(Resumable):
             ours = self.model.denoise(x, sigma, cond).float()
         weight = loss_weight(torch.tensor(sigma), self.config.sigma_data).item()
         gradient = weight * 2 / ours.numel() * (ours.detach() - aim)
-        losses = {"loss": weight * (ours.detach() - aim).square().mean().item()}
+        losses: dict[str, float] = {"loss": weight * (ours.detach() - aim).square().mean().item()}
         if self.adversary is not None and following == 0:
             beside = self.adversary.gradient(ours, gradient)
             gradient = gradient + settings.adversary * beside

@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from infdit_core.dimr.model import DiMR
 from infdit_core.network.model import InfDiT
 from infdit_core.whole_files import whole_file
 
@@ -28,8 +29,10 @@ LOG = "log.csv"
 
 logger = logging.getLogger(__name__)
 
+Network = TypeVar("Network", InfDiT, DiMR)
 
-class Resumable:
+
+class Resumable(Generic[Network]):
     """A model at training: averaged weights, optimizers, generators and the number of the step.
 
     Args:
@@ -40,7 +43,7 @@ class Resumable:
     """
 
     def __init__(
-        self, settings: Any, model: InfDiT, optimizers: list[torch.optim.Optimizer], seed: int
+        self, settings: Any, model: Network, optimizers: list[torch.optim.Optimizer], seed: int
     ) -> None:
         self.settings, self.model, self.optimizers = settings, model, optimizers
         self.config = model.config
@@ -63,9 +66,9 @@ class Resumable:
             for name, value in self.model.state_dict().items():
                 self.ema[name].lerp_(value, 1 - decay)
 
-    def ema_model(self) -> InfDiT:
+    def ema_model(self) -> Network:
         """A network of the averaged weights, which it shares."""
-        model = InfDiT(self.config, device="meta")
+        model = type(self.model)(self.config, device="meta")
         model.load_state_dict(self.ema, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -98,7 +101,7 @@ class Resumable:
             torch.save(self.state(), file)
 
     def load(self, path: Path) -> None:
-        device = self.model.final.linear.weight.device
+        device = next(self.model.parameters()).device
         self.restore(torch.load(path, map_location=device, weights_only=True))
 
 

@@ -93,7 +93,7 @@ class Settings:
         return warm_cosine(self.learning_rate, step, self.warmup_steps, self.total_steps)
 
 
-class Trainer(Resumable):
+class Trainer(Resumable[InfDiT]):
     """The state of a run and one step of it."""
 
     settings: Settings

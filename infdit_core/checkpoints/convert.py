@@ -10,15 +10,17 @@ import hashlib
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..network.config import DTYPES, InfDiTConfig
+from ..network.config import DTYPES
 from ..whole_files import whole_file
-from .checkpoint import SAFETENSORS_DTYPES, CheckpointError, open_checkpoint
+from .checkpoint import SAFETENSORS_DTYPES, Checkpoint, CheckpointError, open_checkpoint
 from .load import check, read_config
 from .names import CLIP_PREFIX, release_shapes
 
@@ -28,11 +30,25 @@ _READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What of a checkpoint is converted."""
+
+    network: str
+    """Short name, which the keys of the metadata begin with."""
+    config: Any
+    """A dataclass."""
+    kept: list[str]
+    """Keys of the tensors that are written."""
+    unknown: list[str]
+    """Keys that no network uses and the release does not save either."""
+
+
+@dataclass(frozen=True)
 class ConvertReport:
     """What `convert` did."""
 
     target: Path
-    config: InfDiTConfig
+    config: Any
     tensors: int
     """Tensors written."""
     size: int
@@ -44,14 +60,28 @@ class ConvertReport:
     source_sha256: str
 
 
+def infdit_contents(checkpoint: Checkpoint) -> Contents:
+    """The network and the CLIP tower of an Inf-DiT.
+
+    Raises:
+        CheckpointError: not a complete Inf-DiT checkpoint.
+    """
+    config = read_config(checkpoint)
+    unknown = check(checkpoint, config)
+    needed = release_shapes(config)
+    kept = [key for key in checkpoint.shapes if key in needed or key.startswith(CLIP_PREFIX)]
+    return Contents("infdit", config, kept, unknown)
+
+
 def convert(
     source: str | Path,
     target: str | Path,
     dtype: torch.dtype | None = None,
     *,
     overwrite: bool = False,
+    contents: Callable[[Checkpoint], Contents] = infdit_contents,
 ) -> ConvertReport:
-    """Write the network and the CLIP tower of a checkpoint to a .safetensors file.
+    """Write what a network needs of a checkpoint to a .safetensors file.
 
     The target appears whole or not at all.
 
@@ -60,6 +90,7 @@ def convert(
         target: ends in .safetensors.
         dtype: of the floating-point tensors written, one of DTYPES; None keeps theirs.
         overwrite: whether an existing target may be replaced.
+        contents: insists on a complete network, and says what is written.
 
     Raises:
         CheckpointError: the source is unusable, the target exists or cannot be written, the disk is
@@ -70,24 +101,21 @@ def convert(
         raise ValueError(f"dtype: expected None or one of {(*DTYPES.values(),)}, got {dtype}")
     source, target = Path(source), Path(target)
     with open_checkpoint(source) as checkpoint:
-        config = read_config(checkpoint)
-        unknown = check(checkpoint, config)
+        found = contents(checkpoint)
         _check_target(source, target, overwrite)
-        needed = release_shapes(config)
-        kept = [key for key in checkpoint.shapes if key in needed or key.startswith(CLIP_PREFIX)]
-        dtypes = {key: _target_dtype(checkpoint.dtypes[key], dtype) for key in kept}
+        dtypes = {key: _target_dtype(checkpoint.dtypes[key], dtype) for key in found.kept}
         # Widest first keeps every tensor aligned.
-        kept.sort(key=lambda key: (-dtypes[key].itemsize, key))
+        kept = sorted(found.kept, key=lambda key: (-dtypes[key].itemsize, key))
         sha256 = _sha256(source)
-        metadata = {
-            **checkpoint.metadata,
-            "format": "pt",
-            "infdit.format_version": FORMAT_VERSION,
-            "infdit.config": json.dumps(asdict(config)),
-            "infdit.dtype": ", ".join(sorted({str(d).split(".")[1] for d in dtypes.values()})),
-            "infdit.source": source.name,
-            "infdit.source_sha256": sha256,
+        about = {
+            "format_version": FORMAT_VERSION,
+            "config": json.dumps(asdict(found.config)),
+            "dtype": ", ".join(sorted({str(d).split(".")[1] for d in dtypes.values()})),
+            "source": source.name,
+            "source_sha256": sha256,
         }
+        metadata = {**checkpoint.metadata, "format": "pt"}
+        metadata |= {f"{found.network}.{name}": value for name, value in about.items()}
         header, size = _header(
             {key: (dtypes[key], checkpoint.shapes[key]) for key in kept}, metadata
         )
@@ -101,7 +129,7 @@ def convert(
         except OSError as error:
             raise CheckpointError(f"{target} cannot be written: {error}") from error
         dropped = [key for key in checkpoint.shapes if key not in dtypes]
-    return ConvertReport(target, config, len(kept), size, dropped, unknown, sha256)
+    return ConvertReport(target, found.config, len(kept), size, dropped, found.unknown, sha256)
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..blocks.schedules import BlockMajor, Full, LayerMajor, Schedule
-from ..checkpoints.checkpoint import open_checkpoint
-from ..checkpoints.convert import convert
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.convert import convert, infdit_contents
 from ..checkpoints.load import check, load_model, read_config
 from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
+from ..dimr import load as dimr
 from ..memory.adaptive import is_out_of_memory, memory_budget
 from ..memory.host import gigabytes, require_memory, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
@@ -36,6 +38,8 @@ from .common import UsageError, choose_device, choose_dtype, say, warn
 from .jobs import CommandError, Jobs, Size, check_jobs, check_result, make_folder, plan_jobs
 from .progress import Progress
 from .ranks import run_on_ranks
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Job(NamedTuple):
@@ -212,7 +216,9 @@ class Upscaler:
 def convert_file(args: argparse.Namespace) -> int:
     """Convert a checkpoint and say what became of it."""
     dtype = DTYPES[args.dtype] if args.dtype else None
-    report = convert(args.source, args.target, dtype, overwrite=args.overwrite)
+    with open_checkpoint(args.source) as checkpoint:
+        contents = dimr.contents if dimr.holds_dimr(checkpoint) else infdit_contents
+    report = convert(args.source, args.target, dtype, overwrite=args.overwrite, contents=contents)
     say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
     if report.dropped:
         say(f"dropped {len(report.dropped)} tensors that the network does not use")
@@ -224,26 +230,43 @@ def convert_file(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Describe a checkpoint; an incomplete one is an error."""
     with open_checkpoint(args.file) as checkpoint:
-        config = read_config(checkpoint)
-        unknown = check(checkpoint, config)
-        shapes = release_shapes(config)
-        count = sum(torch.Size(shape).numel() for shape in shapes.values())
+        name, describe = ("DiMR", _dimr) if dimr.holds_dimr(checkpoint) else ("Inf-DiT", _infdit)
+        shapes, lines = describe(checkpoint)
         dtypes = Counter(str(checkpoint.dtypes[key]).removeprefix("torch.") for key in shapes)
-        clip = CLIP_PREFIX + "model."
-        say(f"{args.file}: a complete Inf-DiT")
-        lines: dict[str, object] = {
-            **asdict(config),
-            "block_px": config.block_px,
-            "parameters": f"{count:,}",
+        lines |= {
+            "parameters": f"{sum(map(math.prod, shapes.values())):,}",
             "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in dtypes.items()),
-            "clip image tower": "yes" if clip + "visual.proj" in checkpoint.shapes else "no",
-            "clip text tower": "yes" if clip + "ln_final.weight" in checkpoint.shapes else "no",
-            "unknown tensors": ", ".join(unknown) or "none",
             **checkpoint.metadata,
         }
-    for name, value in lines.items():
-        say(f"  {name}: {value}")
+    say(f"{args.file}: a complete {name}")
+    for key, value in lines.items():
+        say(f"  {key}: {value}")
     return 0
+
+
+def _infdit(checkpoint: Checkpoint) -> tuple[Shapes, dict[str, object]]:
+    """Shapes of the network's tensors, and what is to be said of it."""
+    config = read_config(checkpoint)
+    unknown = check(checkpoint, config)
+    clip = CLIP_PREFIX + "model."
+    return release_shapes(config), {
+        **asdict(config),
+        "block_px": config.block_px,
+        "clip image tower": "yes" if clip + "visual.proj" in checkpoint.shapes else "no",
+        "clip text tower": "yes" if clip + "ln_final.weight" in checkpoint.shapes else "no",
+        "unknown tensors": ", ".join(unknown) or "none",
+    }
+
+
+def _dimr(checkpoint: Checkpoint) -> tuple[Shapes, dict[str, object]]:
+    """See `_infdit`."""
+    config = dimr.read_config(checkpoint)
+    stages = {
+        f"stage {n}": ", ".join(f"{name} {value}" for name, value in asdict(stage).items())
+        for n, stage in enumerate(config.stages)
+    }
+    side = config.latent_side
+    return dimr.check(checkpoint, config), {**stages, "latent": f"{config.channels}×{side}×{side}"}
 
 
 def _guide(args: argparse.Namespace, device: torch.device) -> ClipGuide | None:

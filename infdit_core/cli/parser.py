@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.load import BUNDLED_FOLDER
+from ..dimr.sampling import CFG_SCALE, EVALUATIONS, STEPS
 from ..network.config import DTYPES
 from ..pictures.colour_fix import COLOUR_FIXES
 from ..pictures.wrap import WRAPS
 from ..sampling import AUTO, PRESETS, SOLVERS
 from .commands import convert_file, inspect, plan_table, upscale_files
+from .generate import generate_files
 
 _BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
 
@@ -28,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_upscale(commands, common)
+    _add_generate(commands, common)
     _add_convert(commands, common)
     _add_inspect(commands, common)
     _add_plan(commands, common)
@@ -218,16 +221,85 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_generate(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "generate",
+        parents=[common],
+        help="draw pictures of ImageNet's classes with DiMR",
+        description="Draw pictures of 256×256 of ImageNet's classes with DiMR, which takes no text."
+        " On a CPU without --cfg-exponent the latents are to the bit those of its nodes in ComfyUI"
+        " for the same seed.",
+    )
+    parser.set_defaults(command=generate_files)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="the authors' DiMR-XL_2R_800epochs.pth or DiMR-G_2R_800epochs.pth",
+    )
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        nargs="+",
+        required=True,
+        metavar="CLASS",
+        help='numbers of 0 to 999, 1000 for none, or names, such as "golden retriever"; of several'
+        " the pictures take turns",
+    )
+    parser.add_argument(
+        "--count", type=_few, default=1, help="pictures, all drawn at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path(),
+        help="a file for a single picture, else a folder (default: the one you are in)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        help="a VAE of Stable Diffusion 1.5, or a whole checkpoint of it: writes pictures (.png)."
+        " Without it latents are written (.latent), for ComfyUI's node Load Latent",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--evaluations",
+        type=_evaluations,
+        default=EVALUATIONS,
+        help="of the network, twice where it is guided (default: %(default)s, as the authors)",
+    )
+    parser.add_argument(
+        "--cfg",
+        type=_to_100,
+        default=CFG_SCALE,
+        help="strength of guidance, 1 for none (default: %(default)g, as the authors)",
+    )
+    parser.add_argument(
+        "--cfg-exponent",
+        type=_to_100,
+        help="lets guidance grow from 1 to --cfg, the later the higher this is (default: the same"
+        " guidance at all times)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the network (default: bf16 on a GPU, fp32 on the CPU)"
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
+
+
 def _add_convert(commands, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "convert",
         parents=[common],
         help="convert a checkpoint to .safetensors",
-        description="Convert a checkpoint to .safetensors: what the network does not use is"
-        " dropped, a CLIP tower is kept.",
+        description="Convert a checkpoint of Inf-DiT or DiMR to .safetensors: what the network does"
+        " not use is dropped, a CLIP tower is kept.",
     )
     parser.set_defaults(command=convert_file)
-    parser.add_argument("source", type=Path, help="the release's .pt, or a .safetensors file")
+    parser.add_argument(
+        "source", type=Path, help="the release's .pt or .pth, or a .safetensors file"
+    )
     parser.add_argument("target", type=Path, help="ends in .safetensors")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the source")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
@@ -293,4 +365,7 @@ def _number(kind: Callable, fits: Callable[[Any], bool], expected: str) -> Calla
 _share = _number(float, lambda n: 0 <= n <= 1, "a number from 0 to 1")
 _count = _number(int, lambda n: n >= 0, "a whole number of at least 0")
 _positive = _number(int, lambda n: n >= 1, "a whole number of at least 1")
+_few = _number(int, lambda n: 1 <= n <= 10_000, "a whole number of 1 to 10000")
+_evaluations = _number(int, lambda n: 1 <= n <= STEPS, f"a whole number of 1 to {STEPS}")
+_to_100 = _number(float, lambda n: 0 <= n <= 100, "a number from 0 to 100")
 _seed = _number(int, lambda n: 0 <= n <= 2**64 - 1, "a number from 0 to 2^64 - 1")

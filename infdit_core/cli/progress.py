@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from ..sampling import Step
 
 
@@ -30,3 +33,12 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._cells.close()
         self._steps.close()
+
+
+@contextmanager
+def evaluation_bar(name: str, total: int) -> Iterator[Callable[..., object]]:
+    """A bar on a terminal, and what moves it by one evaluation, whatever it is called with."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, total=total, unit="evaluation", disable=None) as bar:
+        yield lambda *_: bar.update(1)

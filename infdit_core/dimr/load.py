@@ -15,6 +15,7 @@ from ..checkpoints.checkpoint import (
     open_checkpoint,
     require_tensors,
 )
+from ..checkpoints.convert import Contents
 from ..checkpoints.foreign import describe_tensors
 from .config import HEADS, HEADS_KEY, DiMRConfig
 from .model import DiMR
@@ -25,6 +26,11 @@ EXPECTED = (
     " authors, or a file made from one"
 )
 _MARK = "stages.0.input_layer.1.weight"
+
+
+def holds_dimr(checkpoint: Checkpoint) -> bool:
+    """Whether it is one to look at, complete or not."""
+    return _MARK in checkpoint.shapes
 
 
 def read_config(checkpoint: Checkpoint, heads: int | None = None) -> DiMRConfig:
@@ -38,7 +44,7 @@ def read_config(checkpoint: Checkpoint, heads: int | None = None) -> DiMRConfig:
             that contradict each other.
     """
     name, shapes = checkpoint.path.name, checkpoint.shapes
-    if _MARK not in shapes:
+    if not holds_dimr(checkpoint):
         raise CheckpointError(f"{name} {describe_tensors(shapes)}; {EXPECTED}")
     if options := foreign_options(shapes):
         raise CheckpointError(
@@ -59,6 +65,22 @@ def read_config(checkpoint: Checkpoint, heads: int | None = None) -> DiMRConfig:
         raise CheckpointError(f"{name} is not a usable DiMR checkpoint: {error}") from error
 
 
+def check(checkpoint: Checkpoint, config: DiMRConfig) -> dict[str, tuple[int, ...]]:
+    """Insist on exactly the tensors of the network; their shapes.
+
+    Raises:
+        CheckpointError: some are missing, misshapen or unknown. Lists them.
+    """
+    needed = release_shapes(config)
+    if unknown := require_tensors(checkpoint, needed, "a DiMR of this size"):
+        some = ", ".join(unknown[:MAX_LISTED])
+        raise CheckpointError(
+            f"{checkpoint.path.name} has {len(unknown)} tensors that no DiMR of this size has:"
+            f" {some}"
+        )
+    return needed
+
+
 def read_network(
     checkpoint: Checkpoint, heads: int | None = None
 ) -> tuple[DiMRConfig, dict[str, Tensor]]:
@@ -68,14 +90,14 @@ def read_network(
         CheckpointError: not exactly the tensors of a DiMR.
     """
     config = read_config(checkpoint, heads)
-    needed = release_shapes(config)
-    if unknown := require_tensors(checkpoint, needed, "a DiMR of this size"):
-        some = ", ".join(unknown[:MAX_LISTED])
-        raise CheckpointError(
-            f"{checkpoint.path.name} has {len(unknown)} tensors that no DiMR of this size has:"
-            f" {some}"
-        )
+    needed = check(checkpoint, config)
     return config, network_state_dict({key: checkpoint.tensor(key) for key in needed}, config)
+
+
+def contents(checkpoint: Checkpoint) -> Contents:
+    """The network, for `checkpoints.convert`; see `read_config` and `check`."""
+    config = read_config(checkpoint)
+    return Contents("dimr", config, list(check(checkpoint, config)), [])
 
 
 def load_model(

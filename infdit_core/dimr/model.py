@@ -120,11 +120,11 @@ class DiMR(nn.Module):
         Args:
             x: (B, channels, H, W) noisy latents of variance about 1, H = W = `latent_side`;
                 linear layers work in its dtype.
-            t: (B,) time in (0, 1], 1 at the most noise.
+            t: (B or 1,) time in (0, 1], 1 at the most noise.
             classes: (B,) integers, `NULL_CLASS` for none.
         """
         s = 2 * t.float() - 1  # the authors' (8 t - 4) / 4
-        if (s == s[0]).all():
+        if len(s) > 1 and (s == s[0]).all():
             s = s[:1]
         eps, features = [], None
         for stage in self.stages:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..errors import InfDiTError
 from .config import NULL_CLASS
-from .model import DiMR
 
 STEPS = 1000
 """Knots of the noise schedule; at the last but 999 sampling ends."""
@@ -26,8 +25,10 @@ CFG_SCALE = 1.4
 LATENT_SCALE = 0.18215
 """What the latents of SD 1.5's autoencoder are multiplied with."""
 
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""eps of x, t and classes, as a `DiMR` gives it."""
 Denoise = Callable[[Tensor, float], Tensor]
-Callback = Callable[[int, Tensor, Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], object]
 """Called with the evaluations done before this one, x and its denoised."""
 
 
@@ -42,16 +43,24 @@ def sigma_of(t: Tensor) -> Tensor:
     """Noise levels of times in [1/1000, 1], any shape; log alpha is linear between the knots."""
     knots = np.arange(1, STEPS + 1) / STEPS
     log_alpha = np.interp(t.double().cpu().numpy(), knots, _log_alphas())
-    return torch.from_numpy(np.sqrt(np.expm1(-2 * log_alpha))).to(t)
+    return torch.from_numpy(np.asarray(np.sqrt(np.expm1(-2 * log_alpha)))).to(t)
+
+
+def timestep_of(sigma: Tensor) -> Tensor:
+    """1000 t - 1 of noise levels of any shape, which is the knots' index with fractions.
+
+    Levels outside of the schedule get its ends.
+    """
+    log_alpha = -np.log1p(sigma.double().cpu().numpy() ** 2) / 2
+    # np.interp wants rising positions
+    index = np.interp(log_alpha, _log_alphas()[::-1], np.arange(STEPS)[::-1])
+    return torch.from_numpy(np.asarray(index)).to(sigma)
 
 
 def time_of(sigma: Tensor) -> Tensor:
     """The inverse of `sigma_of`; levels outside of the schedule get its ends."""
-    log_alpha = -np.log1p(sigma.double().cpu().numpy() ** 2) / 2
-    knots = np.arange(1, STEPS + 1) / STEPS
-    # np.interp wants rising positions
-    t = np.interp(log_alpha, _log_alphas()[::-1], knots[::-1])
-    return torch.from_numpy(np.asarray(t)).to(sigma)
+    # By way of the timestep, as in ComfyUI, whose models get nothing else: the same bits
+    return (timestep_of(sigma) + 1) / STEPS
 
 
 def uniform_sigmas(evaluations: int = EVALUATIONS) -> Tensor:
@@ -134,7 +143,7 @@ def cfg_decay(t: float, scale: float, exponent: float) -> float:
 
 @torch.no_grad()
 def sample(
-    model: DiMR,
+    model: Network,
     noise: Tensor,
     classes: Tensor,
     *,
@@ -154,22 +163,24 @@ def sample(
         dtype: of the computation.
         callback: may raise to cancel.
     """
-    sigmas = uniform_sigmas(evaluations).to(noise.device)
+    sigmas = uniform_sigmas(evaluations)  # on the CPU: a device would be waited for
     null = torch.full_like(classes, NULL_CLASS)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
-        t = time_of(level)
-        scaled = (x / (sigma**2 + 1) ** 0.5).to(dtype)
-        cond = x - model(scaled, t, classes) * sigma
-        scale = cfg_scale if exponent is None else cfg_decay(t[0].item(), cfg_scale, exponent)
+        # float32 throughout, as k-diffusion has it: the same bits in ComfyUI
+        level = torch.tensor(sigma)
+        time = time_of(level)
+        scaled = (x / (level**2 + 1).sqrt().to(x.device)).to(dtype)
+        t = time[None].to(x.device)
+        cond = x - model(scaled, t, classes) * level
+        scale = cfg_scale if exponent is None else cfg_decay(time.item(), cfg_scale, exponent)
         if scale == 1:
             return cond
-        uncond = x - model(scaled, t, null) * sigma
+        uncond = x - model(scaled, t, null) * level
         return uncond + (cond - uncond) * scale
 
     x = noise * (1 + sigmas[0] ** 2).sqrt()
-    return finished(singlestep(denoise, x, sigmas, callback), sigmas[-1])
+    return finished(singlestep(denoise, x, sigmas, callback), sigmas[-1].to(x.device))
 
 
 def finished(x: Tensor, sigma: Tensor) -> Tensor:
