@@ -45,9 +45,14 @@ release() { # beside the authors' own network, where INFDIT_RELEASE names a chec
     run benchmarks.release --config released --device cuda --sizes 512 --rounds 1 --out benchmarks/results/release_cuda_fp32.json
     run benchmarks.release --config released --device cuda --dtype bf16 --sizes 1024 2048 4096 --rounds 3
 }
+strips() { # where there are several
+    local gpus; gpus=$(nvidia-smi --list-gpus | wc -l)
+    [ "$gpus" -gt 1 ] || { echo "== strips is left out: one GPU"; return; }
+    run benchmarks.strips --config released --device cuda --dtype bf16 --size 4096 --gpus "$gpus"
+}
 quality() { run benchmarks.quality --photos "$photos" --device cuda --crop 2048 --out benchmarks/results/quality_2048.json; }
 
-for step in "${@:-tests baseline chunks compile ways large choices hidiffusion comfyui release quality}"; do
+for step in "${@:-tests baseline chunks compile ways large choices hidiffusion comfyui release strips quality}"; do
     for name in $step; do $name; done
 done
 exit $failed
