@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "infdit_core.sampling": {"blocks", "network", "edm", "errors"},
     "infdit_core.memory": {"blocks", "network", "errors"},
     "infdit_core.checkpoints": {"network", "whole_files", "errors"},
-    "infdit_core.dimr": {"checkpoints", "errors"},
+    "infdit_core.dimr": {"checkpoints", "memory", "errors"},
     "infdit_core.pictures": {"network", "memory", "whole_files", "errors"},
     "infdit_core.clip": {"checkpoints", "errors"},
     "infdit_core.upscale": {"sampling", "pictures", "memory", "network", "blocks", "errors"},

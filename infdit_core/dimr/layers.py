@@ -18,11 +18,14 @@ from .config import StageConfig
 _LAYER_NORM_EPS, _RMS_EPS = 1e-5, 1e-8
 
 
+class _Vectors(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: drawing them on the meta device imports the compiler, for more than a second."""
+
+
 def vectors(count: int, size: int, factory: dict, ops: Any) -> nn.Embedding:
     """Learned vectors (count, size) that come from a file, or from the trainer."""
-    # Drawing them on the meta device would import the compiler, for more than a second.
-    weight = torch.empty(count, size, **factory)
-    return ops.Embedding(count, size, _weight=weight, **factory)
+    return (_Vectors if ops is nn else ops.Embedding)(count, size, **factory)
 
 
 def all_of(embedding: nn.Embedding, device: torch.device) -> Tensor:

@@ -27,6 +27,11 @@ EXPECTED = (
 _MARK = "stages.0.input_layer.1.weight"
 
 
+def holds_dimr(checkpoint: Checkpoint) -> bool:
+    """Whether it is one to look at, complete or not."""
+    return _MARK in checkpoint.shapes
+
+
 def read_config(checkpoint: Checkpoint, heads: int | None = None) -> DiMRConfig:
     """The hyper-parameters of a checkpoint, from its shapes.
 
@@ -38,7 +43,7 @@ def read_config(checkpoint: Checkpoint, heads: int | None = None) -> DiMRConfig:
             that contradict each other.
     """
     name, shapes = checkpoint.path.name, checkpoint.shapes
-    if _MARK not in shapes:
+    if not holds_dimr(checkpoint):
         raise CheckpointError(f"{name} {describe_tensors(shapes)}; {EXPECTED}")
     if options := foreign_options(shapes):
         raise CheckpointError(

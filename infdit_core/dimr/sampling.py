@@ -1,6 +1,7 @@
 """The authors' noise schedule and solver: singlestep DPM-Solver++ on a grid uniform in time.
 
-Latents are in the scale of k-diffusion, x = z + sigma · noise; the authors have x / sqrt(1 + sigma²).
+Latents are in the scale of k-diffusion, x = z + sigma · noise; the authors have
+x / sqrt(1 + sigma²).
 """
 
 from __future__ import annotations
@@ -42,16 +43,24 @@ def sigma_of(t: Tensor) -> Tensor:
     """Noise levels of times in [1/1000, 1], any shape; log alpha is linear between the knots."""
     knots = np.arange(1, STEPS + 1) / STEPS
     log_alpha = np.interp(t.double().cpu().numpy(), knots, _log_alphas())
-    return torch.from_numpy(np.sqrt(np.expm1(-2 * log_alpha))).to(t)
+    return torch.from_numpy(np.asarray(np.sqrt(np.expm1(-2 * log_alpha)))).to(t)
+
+
+def timestep_of(sigma: Tensor) -> Tensor:
+    """1000 t - 1 of noise levels of any shape, which is the knots' index with fractions.
+
+    Levels outside of the schedule get its ends.
+    """
+    log_alpha = -np.log1p(sigma.double().cpu().numpy() ** 2) / 2
+    # np.interp wants rising positions
+    index = np.interp(log_alpha, _log_alphas()[::-1], np.arange(STEPS)[::-1])
+    return torch.from_numpy(np.asarray(index)).to(sigma)
 
 
 def time_of(sigma: Tensor) -> Tensor:
     """The inverse of `sigma_of`; levels outside of the schedule get its ends."""
-    log_alpha = -np.log1p(sigma.double().cpu().numpy() ** 2) / 2
-    knots = np.arange(1, STEPS + 1) / STEPS
-    # np.interp wants rising positions
-    t = np.interp(log_alpha, _log_alphas()[::-1], knots[::-1])
-    return torch.from_numpy(np.asarray(t)).to(sigma)
+    # By way of the timestep, as in ComfyUI, whose models get nothing else: the same bits
+    return (timestep_of(sigma) + 1) / STEPS
 
 
 def uniform_sigmas(evaluations: int = EVALUATIONS) -> Tensor:
@@ -158,14 +167,15 @@ def sample(
     null = torch.full_like(classes, NULL_CLASS)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
-        t = time_of(level)
-        scaled = (x / (sigma**2 + 1) ** 0.5).to(dtype)
-        cond = x - model(scaled, t, classes) * sigma
+        # float32 throughout, as k-diffusion has it: the same bits in ComfyUI
+        level = torch.full((len(x), 1, 1, 1), sigma, dtype=torch.float32, device=x.device)
+        t = time_of(level.flatten())
+        scaled = (x / (level**2 + 1).sqrt()).to(dtype)
+        cond = x - model(scaled, t, classes) * level
         scale = cfg_scale if exponent is None else cfg_decay(t[0].item(), cfg_scale, exponent)
         if scale == 1:
             return cond
-        uncond = x - model(scaled, t, null) * sigma
+        uncond = x - model(scaled, t, null) * level
         return uncond + (cond - uncond) * scale
 
     x = noise * (1 + sigmas[0] ** 2).sqrt()
