@@ -143,7 +143,7 @@ def test_the_solver_with_noise_levels_of_core(dimr, custom):
 
     model, noise = dimr(), torch.randn(1, 4, 32, 32)
     sampling = model.get_model_object("model_sampling")
-    sigmas = calculate_sigmas(sampling, "karras", 6)  # steps of 3, 2 and 1 evaluations
+    sigmas = calculate_sigmas(sampling, "simple", 6)  # steps of 3, 2 and 1 evaluations
     whole = custom(model, noise, 3, sigmas=sigmas)
     assert whole.isfinite().all()
     nothing = torch.zeros_like(noise)
