@@ -28,7 +28,7 @@ def test_the_graph_runs_from_the_class_to_the_large_picture(comfy, dimr):
     workflow["10"]["inputs"]["upscale_by"] = 2.0
     del workflow["8"], workflow["11"]
     made = run(comfy, workflow, {"6": (tiny_vae(),)})
-    assert made["2"][0][0][0][1]["dimr_classes"] == (207,)
+    assert made["2"][0][0][1]["dimr_classes"] == (207,)
     drawn, picture = made["7"][0], made["10"][0]
     assert drawn.shape == (1, 256, 256, 3)
     assert picture.shape == (1, 512, 512, 3)
