@@ -50,6 +50,7 @@ class DiMRClass(io.ComfyNode):
                     "classes",
                     default="",
                     multiline=True,
+                    placeholder="several: 207, tiger shark",
                     optional=True,
                     tooltip="Several classes in place of the one above: numbers, names or parts of"
                     " names, separated by commas or lines. The pictures of a batch take turns."
