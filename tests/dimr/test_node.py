@@ -22,12 +22,12 @@ from tests.upsample_guidance.models import DEFAULTS as UPSAMPLE_GUIDANCE
 pytestmark = pytest.mark.comfy
 
 
-def ksampler(model, positive, negative, side=32, channels=4):
+def ksampler(model, conds, side=32, channels=4):
     from nodes import KSampler
 
     latent = {"samples": torch.zeros(1, channels, side, side)}
     return KSampler().sample(
-        model, 0, 1, 1.4, "euler", "normal", positive, negative, latent, 1.0
+        model, 0, 1, 1.4, "euler", "normal", *conds, latent, 1.0
     )[0]["samples"]  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def test_a_pickle_and_a_safetensors_file_give_the_same_weights(comfy, dimr):
 def test_the_list_has_the_files_of_dimr_alone(comfy, dimr, load):
     node = comfy.nodes["DiMRLoader"]
     (folder := comfy.models_dir / "infdit").joinpath("page.pth").write_text("<html>")
-    dimr(), load("tiny")
+    dimr()
+    load("tiny")
     names = node.define_schema().inputs[0].options
     assert "2r.safetensors" in names
     assert not {"tiny.safetensors", "page.pth", "infdit_small.safetensors"} & set(names)
@@ -63,7 +64,8 @@ def test_the_list_has_the_files_of_dimr_alone(comfy, dimr, load):
 
 
 def test_each_loader_names_the_others_file(comfy, dimr, load):
-    dimr(), load("tiny")
+    dimr()
+    load("tiny")
     with pytest.raises(ValueError, match=r"DiMR Loader: tiny\.safetensors is an Inf-DiT checkp"):
         dimr(name="tiny.safetensors")
     message = r"Load Inf-DiT Checkpoint: 2r\.safetensors is a DiMR checkpoint"
@@ -128,11 +130,7 @@ def test_weights_partly_loaded_with_patches_on_them(dimr, custom, dtype):
 
 
 def test_loras_of_other_models_change_nothing(dimr, custom):
-    from nodes import LoraLoaderModelOnly
-
-    node, noise = LoraLoaderModelOnly(), torch.randn(1, 4, 32, 32)
-    node.loaded_lora = None
-    sd = importlib.import_module("comfy.sd")
+    sd, noise = importlib.import_module("comfy.sd"), torch.randn(1, 4, 32, 32)
     up, down = torch.randn(8, 2), torch.randn(2, 8)
     key = "lora_unet_down_blocks_0_attentions_0_proj_in"
     lora = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
@@ -200,18 +198,18 @@ def test_what_is_no_class(comfy, text, message):
 def test_conditioning_of_the_one_model_on_the_other(comfy, dimr, classes, load):
     model = dimr()
     with pytest.raises(ValueError, match=r"DiMR: expected conditioning from the DiMR Class node"):
-        ksampler(model, *prompts())
+        ksampler(model, prompts())
     node = comfy.nodes["InfDiTConditioning"]
     upscaler = load("tiny")[0]
     cond, latent = node.execute(upscaler, torch.rand(1, 8, 8, 3), 2.0).args[:2]
     with pytest.raises(ValueError, match=r"DiMR: expected conditioning from the DiMR Class node"):
-        ksampler(model, cond, cond)
+        ksampler(model, (cond, cond))
     with pytest.raises(ValueError, match="expected conditioning from the Inf-DiT Conditioning"):
-        ksampler(upscaler, *classes(3), *latent["samples"].shape[2:1:-1], 3)
+        ksampler(upscaler, classes(3), latent["samples"].shape[-1], 3)
     error = comfy.module("infdit_core.errors").InfDiTError
     for name in ("sdxl", "sd15"):
         with pytest.raises(error, match=r"DiMR Class: expected .* model from DiMR Loader"):
-            ksampler(base_model(name), *classes(3))
+            ksampler(base_model(name), classes(3))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +220,7 @@ def test_latents_of_another_shape(comfy, dimr, classes, monkeypatch, shape, got)
     monkeypatch.setattr(sample, "fix_empty_latent_channels", lambda model, latent, *_: latent)
     message = rf"DiMR: expected an empty latent of 256x256 px, 4 channels; got one of {got}\."
     with pytest.raises(ValueError, match=message):
-        ksampler(dimr(), *classes(3), *shape)
+        ksampler(dimr(), classes(3), *shape)
 
 
 def test_parts_of_the_picture(comfy, dimr, classes):
@@ -231,15 +229,16 @@ def test_parts_of_the_picture(comfy, dimr, classes):
     positive, negative = classes(3)
     (area,) = ConditioningSetArea().append(positive, 128, 128, 0, 0, 1.0)
     with pytest.raises(ValueError, match=r"DiMR: expected conditioning of the whole picture"):
-        ksampler(dimr(), area, negative)
+        ksampler(dimr(), (area, negative))
     (masked,) = ConditioningSetMask().append(positive, torch.ones(1, 32, 32), "default", 1.0)
-    assert torch.equal(ksampler(dimr(), masked, negative), ksampler(dimr(), positive, negative))
+    whole = ksampler(dimr(), (positive, negative))
+    assert torch.equal(ksampler(dimr(), (masked, negative)), whole)
     tiled, error = dimr().clone(), comfy.module("infdit_core.errors").InfDiTError
     tiled.set_model_unet_function_wrapper(
         lambda apply, args: apply(args["input"][..., :16], args["timestep"], **args["c"])
     )
     with pytest.raises(error, match=r"whole picture of 256x256 px; got a part of 128x256 px"):
-        ksampler(tiled, positive, negative)
+        ksampler(tiled, (positive, negative))
 
 
 def test_a_controlnet(dimr, classes):
@@ -268,5 +267,5 @@ def test_patches_for_unets_name_what_they_got(comfy, dimr):
 
 def test_an_unet_is_sampled_as_ever_after_dimr(comfy, dimr, classes):
     before = sample_unet(base_model("sd15"), steps=1)
-    ksampler(dimr(), *classes(3))
+    ksampler(dimr(), classes(3))
     assert torch.equal(sample_unet(base_model("sd15"), steps=1), before)
