@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from infdit_core.__main__ import main
 from infdit_core.dimr.load import load_model
 from infdit_core.dimr.sampling import LATENT_SCALE, sample
 from tests.goldens import golden, golden_path
@@ -56,6 +58,24 @@ def test_the_bits_of_the_command_line_however_much_memory_is_free(dimr, custom, 
     net = load_model(golden_path("dimr/tiny_2r.safetensors"), heads=4)
     expected = sample(net, noise, torch.tensor([3, 207]), evaluations=8)
     assert torch.equal(custom(model, noise, "3, 207", 8), expected / LATENT_SCALE)
+
+
+def test_the_command_line_draws_the_same(comfy, dimr, custom, tmp_path):
+    path = comfy.models_dir / "infdit" / "2r.safetensors"
+    model = dimr()  # which writes the file
+    asked = ["--class", "3", "--class", "golden retriever", "--count", "3", "--seed", "5"]
+    fixed = ["--evaluations", "7", "--device", "cpu", "--model", str(path)]
+    noise = torch.randn(3, 4, 32, 32, generator=torch.manual_seed(5))  # as comfy.sample draws it
+    decay = comfy.nodes["DiMRCFGDecay"].execute(model, 3.0, 2.0).args[0]
+    runs = {"plain": (model, []), "decay": (decay, ["--cfg", "3", "--cfg-exponent", "2"])}
+    for name, (drawn_with, options) in runs.items():
+        assert main(["generate", *fixed, *asked, "-o", str(tmp_path / name), *options]) == 0
+        files = sorted((tmp_path / name).iterdir(), key=lambda file: file.stem.split("_")[-1])
+        found = torch.cat([load_file(file)["latent_tensor"] for file in files])
+        nodes = custom(drawn_with, noise, "3, golden retriever", 7)
+        if name == "plain":
+            assert torch.equal(found, nodes)
+        assert relative(found, nodes) < 1e-5
 
 
 def test_pictures_of_a_batch_take_turns(dimr, custom):
