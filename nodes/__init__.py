@@ -3,6 +3,8 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .diffusehigh.node import DiffuseHigh, DiffuseHighGuidance
+from .dimr.loader import DiMRLoader
+from .dimr.nodes import DiMRCFGDecay, DiMRClass, DiMRSampler
 from .hidiffusion.node import HiDiffusion
 from .infdit.advanced import InfDiTConditioning, InfDiTDecode
 from .infdit.folder import InfDiTUpscaleFolder
@@ -28,4 +30,8 @@ class InfDiTExtension(ComfyExtension):
             HiDiffusion,
             UpsampleGuidance,
             InfDiTUpscaleFolder,
+            DiMRLoader,
+            DiMRClass,
+            DiMRSampler,
+            DiMRCFGDecay,
         ]

@@ -1,14 +1,18 @@
 """The pack's own socket types, and what its nodes share in talking to users."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import folder_paths
+from comfy.conds import CONDConstant
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..infdit_core.checkpoints.load import BUNDLED_FOLDER
 from ..infdit_core.errors import InfDiTError
 
 CATEGORY = "image/upscaling/Inf-DiT"
@@ -19,6 +23,16 @@ Guidance = io.Custom("INFDIT_GUIDANCE")
 """(B, vector_size) float32 CLIP embeddings."""
 CanvasType = io.Custom("INFDIT_CANVAS")
 """An `infdit_core.Canvas`: where the picture lies on the padded target."""
+
+FOLDER = "infdit"
+"""Of ComfyUI's models: checkpoints of this pack's networks."""
+_EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+
+folder_paths.add_model_folder_path(
+    FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True
+)
+folder_paths.add_model_folder_path(FOLDER, str(BUNDLED_FOLDER))
+folder_paths.folder_names_and_paths[FOLDER][1].update(_EXTENSIONS)
 
 # What patches of one model tell each other in `transformer_options`
 HIDIFFUSION = "hidiffusion"
@@ -53,6 +67,44 @@ def require(value: object, kind: type[_T], message: str) -> _T:
     if not isinstance(value, kind):
         raise InfDiTError(f"{message}; got {type(value).__name__}")
     return value
+
+
+class ForOneModel(CONDConstant):
+    """In the `model_conds` of CONDITIONING: its model replaces it, any other stumbles on it.
+
+    Args:
+        message: of the InfDiTError.
+    """
+
+    def process_cond(self, batch_size, **kwargs):
+        raise InfDiTError(self.cond)
+
+
+@contextmanager
+def without_folder(path: str) -> Iterator[None]:
+    """Leave the folder of a file out of errors: workflows and screenshots are shared."""
+    try:
+        yield
+    except InfDiTError as error:
+        message = str(error)
+        if path not in message:
+            raise
+        raise InfDiTError(message.replace(path, os.path.basename(path))) from error
+
+
+def find_file(folders: Sequence[str], name: str) -> str | None:
+    """Path of the file of this name, in the first of the folders of models that has it."""
+    paths = (folder_paths.get_full_path(folder, name) for folder in folders)
+    return next((path for path in paths if path), None)
+
+
+def fingerprint(folders: Sequence[str], name: str | None) -> str:
+    """What changes when the file is replaced, so that a cached model is not taken for the new."""
+    path = None if name is None else find_file(folders, name)
+    if path is None:
+        return ""
+    status = os.stat(path)
+    return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
 def unet_input() -> io.Model.Input:

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from tools.comfy_server import ROOT, ComfyServer, make_base, running_server
 
 EXAMPLES = ROOT / "example_workflows"
@@ -23,6 +26,8 @@ FRONTEND = "comfyui-frontend-package==1.58.1"
 """The newest that is to be had; ComfyUI 0.30 brings 1.47."""
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 UPSCALER = "RealESRGAN_x4plus.safetensors"
+DIMR = "DiMR-XL_2R_800epochs.pth"
+VAE = "vae-ft-mse-840000-ema-pruned.safetensors"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-gpu-watchdog", "--disable-dev-shm-usage",
          "--disable-background-networking", "--disable-extensions"]  # fmt: skip
 """On a busy machine the watchdog takes a slow drawing process for a dead one."""
@@ -114,9 +119,14 @@ def interface(
         user = base / "user" / "default"
         user.mkdir(parents=True, exist_ok=True)
         (user / "comfy.settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
-        for name, kind in ((CHECKPOINT, "checkpoints"), (UPSCALER, "upscale_models")):
+        kinds = {"checkpoints": CHECKPOINT, "upscale_models": UPSCALER, "vae": VAE}
+        for kind, name in kinds.items():
             (base / "models" / kind).mkdir(parents=True)
             (base / "models" / kind / name).touch()  # only its name is needed
+        (base / "models" / "infdit").mkdir()
+        # What DiMR Loader knows such a file by, in the format that needs no torch
+        weights = {"stages.0.input_layer.1.weight": np.zeros(1, np.float32)}
+        save_file(weights, base / "models" / "infdit" / DIMR)
         python = Path(sys.executable)
         arguments = ["--cpu", *(["--front-end-root", str(frontend)] if frontend else [])]
         with (

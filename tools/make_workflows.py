@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.browser import CHECKPOINT, EXAMPLES, ROOT, UPSCALER, interface, settle
+from tools.browser import CHECKPOINT, EXAMPLES, ROOT, UPSCALER, VAE, interface, settle
 from tools.workflow_layout import NOTE, WIDTH, Row, layout, links_of, view
 
 SUBGRAPHS = ROOT / "subgraphs"
@@ -27,8 +27,9 @@ ESRGAN_URL = "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/ma
 SDXL_URL = (
     "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/" + CHECKPOINT
 )
+VAE_URL = "https://huggingface.co/stabilityai/sd-vae-ft-mse-original/resolve/main/" + VAE
 CORE_VERSION = "0.30.0"
-OWN_PREFIXES = ("InfDiT", "HiDiffusion", "DiffuseHigh", "UpsampleGuidance")
+OWN_PREFIXES = ("InfDiT", "HiDiffusion", "DiffuseHigh", "UpsampleGuidance", "DiMR")
 ROOM = {
     "LoadImage": 30,
     "ImageCropV2": 320,
@@ -37,6 +38,7 @@ ROOM = {
     "InfDiTSampler": 260,
     "InfDiTUpscaleFolder": 260,
     "KSampler": 200,
+    "SamplerCustom": 200,
     "DiffuseHigh": 200,
 }
 """px below the widgets of a node for the picture that it shows during or after a run."""
@@ -138,6 +140,20 @@ EXAMPLES_OF = {
         " `upscale_by` 2 gives 4096×4096.",
         (
             Row("1 Draw", (("1", "5"), ("2", "3"), ("4",), ("6",), ("7", "8"))),
+            Row("2 Upscale", ((NOTE,), ("9",), ("10",), ("11",))),
+        ),
+    ),
+    "DiMR class to 1024 with Inf-DiT": Example(
+        "dimr_1024",
+        "**DiMR draws 256×256 of a class of ImageNet, Inf-DiT makes 1024×1024 of it.**\n\nDiMR's"
+        " weights do not come with the pack. They are for research, and their licence is the"
+        " authors', who keep them at"
+        " [huggingface.co/QHL067/DiMR](https://huggingface.co/QHL067/DiMR): put"
+        " `DiMR-XL_2R_800epochs.pth` into `models/infdit` and press `R`. Any VAE of SD 1.5 goes"
+        " with it.\n\nDiMR knows 1000 classes and no text, and one size. For several pictures"
+        " raise `batch_size` and write several classes into `classes`.",
+        (
+            Row("1 Draw", (("1", "4"), ("2",), ("3", "6"), ("5",), ("7", "8"))),
             Row("2 Upscale", ((NOTE,), ("9",), ("10",), ("11",))),
         ),
     ),
@@ -343,6 +359,8 @@ def write(path: Path, title: str, workflow: dict[str, Any]) -> None:
             node["properties"]["models"] = [
                 {"name": UPSCALER, "url": ESRGAN_URL, "directory": "upscale_models"}
             ]
+        if node["type"] == "VAELoader":
+            node["properties"]["models"] = [{"name": VAE, "url": VAE_URL, "directory": "vae"}]
     path.write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
 
 

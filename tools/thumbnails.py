@@ -41,6 +41,7 @@ DETAILS = {
     "SDXL 2048 with HiDiffusion, then Inf-DiT to 8K": (STREAM, 640, 300),
     "SDXL to 2K with DiffuseHigh, then Inf-DiT to 8K": (PEAKS, 300, 420),
     "SDXL 2048 with Upsample Guidance, then Inf-DiT to 8K": (HILLS, 300, 300),
+    "DiMR class to 1024 with Inf-DiT": (DOGS, 560, 840),
     "Upscale a folder": (WINE, 560, 200),
     "Advanced sampling with KSampler": (WINE, 300, 980),
     "Before and after": (DOGS, 300, 300),

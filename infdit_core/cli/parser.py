@@ -241,6 +241,7 @@ def _add_generate(commands, common: argparse.ArgumentParser) -> None:
         "--class",
         dest="classes",
         nargs="+",
+        action="extend",
         required=True,
         metavar="CLASS",
         help='numbers of 0 to 999, 1000 for none, or names, such as "golden retriever"; of several'

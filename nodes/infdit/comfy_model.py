@@ -33,7 +33,7 @@ from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
 from ...infdit_core.pictures.prepare import Canvas, Wrap
 from ...infdit_core.upscale import with_prior as computed_with_prior
-from ..common import named_errors, require
+from ..common import ForOneModel, named_errors, require
 from .casting import CastingInfDiT
 from .patches import check_patches
 from .runs import GPU_SHARE, ConditionState, PlannedRun, Runs, ran_out_of_memory, workload
@@ -58,6 +58,11 @@ _KEY, _CONDITIONS = "infdit_", ("concat", "lr", "vector")
 """Keys of our tensors in CONDITIONING: the fields of a `Condition` behind a prefix."""
 _WRAP = _KEY + "wrap"
 """Key in CONDITIONING: the `Wrap` of a canvas, which fills the margins; None for none."""
+_FOR_OTHERS = ForOneModel(
+    "Inf-DiT Conditioning: expected its CONDITIONING to be sampled with the model from Load"
+    " Inf-DiT Checkpoint; got another model. Connect that model to the sampler, or a text prompt to"
+    " positive and negative."
+)
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
 _SAME_SIGMA = 1e-3
@@ -75,23 +80,9 @@ def conditioning_of(cond: Condition, wrap: Wrap | None = None) -> list:
     values: dict = {_KEY + name: getattr(cond, name) for name in _CONDITIONS}
     # Other models find what they look for first, then the guard, which names the mistake.
     batch = cond.concat.shape[0]
-    values |= {"pooled_output": torch.zeros(batch, 1280), "model_conds": {_GUARD: _ForOthers()}}
+    values |= {"pooled_output": torch.zeros(batch, 1280), "model_conds": {_GUARD: _FOR_OTHERS}}
     values[_WRAP] = wrap
     return [[torch.zeros(batch, 1, 1), values]]
-
-
-class _ForOthers(comfy.conds.CONDConstant):
-    """In CONDITIONING from here; `InfDiTModel` replaces it, and any other model stumbles on it."""
-
-    def __init__(self):
-        super().__init__(None)
-
-    def process_cond(self, batch_size, **kwargs):
-        raise InfDiTError(
-            "Inf-DiT Conditioning: expected its CONDITIONING to be sampled with the model from Load"
-            " Inf-DiT Checkpoint; got another model. Connect that model to the sampler, or a text"
-            " prompt to positive and negative."
-        )
 
 
 def size_of(x: torch.Tensor) -> str:

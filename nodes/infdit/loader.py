@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 
 import folder_paths
@@ -12,29 +9,29 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ...infdit_core.checkpoints.checkpoint import open_checkpoint
-from ...infdit_core.checkpoints.load import BUNDLED_FOLDER
 from ...infdit_core.checkpoints.names import clip_state_dict
 from ...infdit_core.clip import holds_clip, read_clip
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.network.config import DTYPES
-from ..common import CATEGORY, Clip, named_errors, require
+from ..common import (
+    CATEGORY,
+    FOLDER,
+    Clip,
+    find_file,
+    fingerprint,
+    named_errors,
+    require,
+    without_folder,
+)
 from .clip import PatchedClip
 from .comfy_model import CLIP_ATTACHMENT
 from .model_file import load_patcher
 
-_FOLDER = "infdit"
-_EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
-_CLIP_FOLDERS = ("clip_vision", "text_encoders", _FOLDER)
+_CLIP_FOLDERS = ("clip_vision", "text_encoders", FOLDER)
 _DTYPES = {"default": None, **DTYPES}
 _FP8 = "fp8 layers"
 _NO_CLIP = "no CLIP file found"
 """Shown where there is none: an empty list would read "undefined"."""
-
-folder_paths.add_model_folder_path(
-    _FOLDER, os.path.join(folder_paths.models_dir, _FOLDER), is_default=True
-)
-folder_paths.add_model_folder_path(_FOLDER, str(BUNDLED_FOLDER))
-folder_paths.folder_names_and_paths[_FOLDER][1].update(_EXTENSIONS)
 
 
 class InfDiTCheckpointLoader(io.ComfyNode):
@@ -48,7 +45,7 @@ class InfDiTCheckpointLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(_FOLDER),
+                    options=folder_paths.get_filename_list(FOLDER),
                     tooltip="A model file from models/infdit, as .safetensors or the release's"
                     " .pt. The small model that comes with this pack is in the list.",
                 ),
@@ -75,7 +72,7 @@ class InfDiTCheckpointLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model_name: str | None) -> bool | str:
         # None: it comes from another node, and is looked up when that has run
-        return model_name in [None, *folder_paths.get_filename_list(_FOLDER)] or (
+        return model_name in [None, *folder_paths.get_filename_list(FOLDER)] or (
             "Load Inf-DiT Checkpoint: expected a file in models/infdit or a folder listed under"
             f" infdit in extra_model_paths.yaml; {model_name!r} is not there. The authors' model is"
             " mp_rank_00_model_states.pt, about 2.5 GB, linked in the README of"
@@ -85,15 +82,15 @@ class InfDiTCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, **_: object) -> str:
-        return _fingerprint([_FOLDER], model_name)
+        return fingerprint([FOLDER], model_name)
 
     @classmethod
     @named_errors("Load Inf-DiT Checkpoint")
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         require(model_name, str, "expected model_name from the list")
-        path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+        path = folder_paths.get_full_path_or_raise(FOLDER, model_name)
         model = _load(path, weight_dtype)
-        with _without_folder(path), open_checkpoint(path) as checkpoint:
+        with without_folder(path), open_checkpoint(path) as checkpoint:
             tower = clip_state_dict(checkpoint)
             clip = PatchedClip(tower) if tower is not None else None
         model.set_attachments(CLIP_ATTACHMENT, clip)
@@ -104,7 +101,7 @@ class InfDiTCheckpointLoader(io.ComfyNode):
 def _load(path: str, weight_dtype: str, disable_dynamic: bool = False) -> ModelPatcher:
     """The model of a file; also what ComfyUI calls where it needs the weights once more."""
     fp8 = weight_dtype == _FP8
-    with _without_folder(path), open_checkpoint(path) as checkpoint:
+    with without_folder(path), open_checkpoint(path) as checkpoint:
         try:
             model = load_patcher(
                 checkpoint, _DTYPES.get(weight_dtype), fp8=fp8, disable_dynamic=disable_dynamic
@@ -158,16 +155,16 @@ class InfDiTCLIPLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str | None) -> str:
-        return _fingerprint(_CLIP_FOLDERS, clip_name)
+        return fingerprint(_CLIP_FOLDERS, clip_name)
 
     @classmethod
     @named_errors("Load Inf-DiT CLIP")
     def execute(cls, clip_name: str) -> io.NodeOutput:
         require(clip_name, str, "expected clip_name from the list")
-        path = _path(_CLIP_FOLDERS, clip_name)
+        path = find_file(_CLIP_FOLDERS, clip_name)
         if path is None:
             raise InfDiTError(cls.validate_inputs(clip_name))
-        with _without_folder(path):
+        with without_folder(path):
             return io.NodeOutput(PatchedClip(read_clip(path)))
 
 
@@ -176,13 +173,13 @@ def _clip_names() -> list[str]:
     return sorted(
         name
         for name in {n for folder in _CLIP_FOLDERS for n in folder_paths.get_filename_list(folder)}
-        if _holds_clip(_fingerprint(_CLIP_FOLDERS, name), _path(_CLIP_FOLDERS, name))
+        if _holds_clip(fingerprint(_CLIP_FOLDERS, name), find_file(_CLIP_FOLDERS, name))
     )
 
 
 @lru_cache(maxsize=1024)
-def _holds_clip(fingerprint: str, path: str | None) -> bool:
-    """By the names of the tensors; `fingerprint` changes when the file does."""
+def _holds_clip(version: str, path: str | None) -> bool:
+    """By the names of the tensors; `version` changes when the file does."""
     if path is None:
         return True
     try:
@@ -190,30 +187,3 @@ def _holds_clip(fingerprint: str, path: str | None) -> bool:
             return holds_clip(checkpoint)
     except InfDiTError:
         return False
-
-
-@contextmanager
-def _without_folder(path: str) -> Iterator[None]:
-    """Leave the folder of a file out of errors: workflows and screenshots are shared."""
-    try:
-        yield
-    except InfDiTError as error:
-        message = str(error)
-        if path not in message:
-            raise
-        raise InfDiTError(message.replace(path, os.path.basename(path))) from error
-
-
-def _path(folders: Sequence[str], name: str) -> str | None:
-    """Of the file of this name, in the first of the folders that has it."""
-    paths = (folder_paths.get_full_path(folder, name) for folder in folders)
-    return next((path for path in paths if path), None)
-
-
-def _fingerprint(folders: Sequence[str], name: str | None) -> str:
-    """What changes when the file is replaced, so that a cached model is not taken for the new."""
-    path = None if name is None else _path(folders, name)
-    if path is None:
-        return ""
-    status = os.stat(path)
-    return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"

@@ -13,7 +13,8 @@ ENGLISH = sorted(DOCS.glob("*/en.md"))
 ZH = {"Inputs": "输入", "Outputs": "输出", "Tips": "提示", "Errors": "错误"}
 WORDS = {
     "choice": "选项", "text": "文本", "yes or no": "是或否", "optional": "可选", "number": "数值",
-    "first file": "第一个文件", "first folder": "第一个文件夹", "yes": "是", "no": "否",
+    "first file": "第一个文件", "first folder": "第一个文件夹",
+    "first class": "第一个类别", "yes": "是", "no": "否",
 }  # fmt: skip
 PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
 HOW = "Write them anew from en.md and locales/zh with INFDIT_FREEZE=1"

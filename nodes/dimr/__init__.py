@@ -1,0 +1,1 @@
+"""DiMR as nodes of ComfyUI."""
