@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from infdit_core.pictures import tiff
+from infdit_core.pictures import tiff_writer
 from infdit_core.pictures.files import ImageError, picture_size, read_image, write_image
 from tests.core.pictures.made import drawn, packed_bits, upright
 
@@ -170,7 +170,7 @@ def test_what_is_written_is_read_by_others(tmp_path, channels, bits, size):
 
 
 def test_above_4_gb_offsets_have_64_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiff, "_BIG_BYTES", 100)
+    monkeypatch.setattr(tiff_writer, "_BIG_BYTES", 100)
     source = Image.new("RGB", (9, 8), (1, 2, 3))
     exif = Image.Exif()
     exif[0x010F] = "Camera"
