@@ -27,7 +27,7 @@ from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
 from ..pictures.alpha import fill_invisible
-from ..pictures.files import ImageInfo, check_writable, read_image, write_image
+from ..pictures.files import ImageInfo, check_writable, is_tiff, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
 from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
@@ -69,6 +69,8 @@ def upscale_files(args: argparse.Namespace) -> int:
     check_wrap(args.wrap, args.colour_fix)
     if args.start and not jobs.single:
         raise UsageError("--start goes with a single picture")
+    if args.pyramid and any(not is_tiff(target) for _, target in jobs.todo):
+        raise UsageError("--pyramid goes with results that end in .tif")
     for target in jobs.finished:
         _say(f"{target} is there already; --overwrite replaces it")
     if jobs.todo:
@@ -177,7 +179,14 @@ def _upscale_picture(
             start=start,
             wrap=args.wrap,
         )
-    write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
+    write_image(
+        target,
+        picture,
+        bit_depth=args.bit_depth,
+        info=info,
+        overwrite=args.overwrite,
+        pyramid=args.pyramid,
+    )
     _say(
         f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"
         f" {time.monotonic() - started:.1f} s"

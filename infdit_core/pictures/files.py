@@ -28,8 +28,8 @@ from .decoded import Colour, Decoded, ImageError, Piece, require_pixels
 from .levels import Levels, bands, values
 from .metadata import Metadata
 
-__all__ = ["READABLE", "ImageError", "ImageInfo", "check_writable", "fitting", "picture_size",
-           "read_image", "write_image"]  # fmt: skip
+__all__ = ["READABLE", "ImageError", "ImageInfo", "check_writable", "fitting", "is_tiff",
+           "picture_size", "read_image", "write_image"]  # fmt: skip
 
 _FORMATS = {
     ".png": "PNG",
@@ -123,6 +123,11 @@ def picture_size(path: str | Path) -> tuple[int, int] | None:
         return None
 
 
+def is_tiff(path: str | Path) -> bool:
+    """Whether a file with this name is written as TIFF, which can hold a pyramid."""
+    return _FORMATS.get(Path(path).suffix.lower()) == "TIFF"
+
+
 def check_writable(
     path: str | Path,
     *,
@@ -205,17 +210,16 @@ def write_image(
         path, alpha=pixels.transparent, bit_depth=bit_depth, size=pixels.shape[:2], info=info
     )
     info = fitting(path, info)
-    kind = _FORMATS[path.suffix.lower()]
-    if pyramid and kind != "TIFF":
+    if pyramid and not is_tiff(path):
         raise ImageError(f"{path.name}: expected .tif for a pyramid")
     try:
         with whole_file(path, overwrite=overwrite) as file:
-            if kind == "TIFF":
+            if is_tiff(path):
                 profile, meta = info.icc_profile, info.metadata
                 more = profile, meta.exif, meta.xmp, meta.iptc
                 tiff_writer.write(file, pixels, *more, pyramid=pyramid)
             else:
-                _encode(file, kind, pixels[:], info)
+                _encode(file, _FORMATS[path.suffix.lower()], pixels[:], info)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written: {error}") from error
 
