@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import InfDiTError
 from ..memory.planner import PlanError
 from ..whole_files import whole_file
 from . import by_pillow, colour_profile, metadata, png, tiff, tiff_writer
@@ -81,7 +82,8 @@ def read_image(
 
     Args:
         empty: gives float32 room on the CPU for a shape, such as that of a mapped file. TIFF is
-            decoded into it tile by tile or strip by strip, and needs no other memory.
+            decoded into it tile by tile or strip by strip: no more than one of them is in memory.
+            Other formats are decoded there first. What it raises comes through.
 
     Returns:
         (1, H, W, C) float32 in 0..1, C = 1 (grey), 3 or 4, and what is known about it.
@@ -101,6 +103,8 @@ def read_image(
     except (Image.DecompressionBombError, PlanError, MemoryError) as error:
         reason = str(error) or "not enough memory"
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
+    except InfDiTError:
+        raise
     except _DAMAGE as error:
         # that of the system would name the file again
         reason = (isinstance(error, OSError) and error.strerror) or str(error)

@@ -76,17 +76,19 @@ def read(path: Path, *, head_only: bool = False) -> Decoded | None:
 
 
 def _pieces(path: Path, index: int) -> Iterator[Piece]:
-    """Every tile, strip or band of rows of a page, as `Decoded` has them."""
+    """Every tile or strip of a page, or bands of rows of large ones, as `Decoded` has them."""
     import tifffile
 
     with quiet("tifffile"), tifffile.TiffFile(path) as file:
         page: Any = file.pages[index]
         for row, column, pixels in _rows(page) if page.is_final else _segments(page):
-            yield row, column, _levels(pixels, page, _SPACES[page.photometric])
+            for band in bands(pixels.shape[0], pixels.shape[1] * pixels.shape[2]):
+                levels = _levels(pixels[band], page, _SPACES[page.photometric])
+                yield row + band.start, column, levels
 
 
 def _rows(page: Any) -> Iterator[Piece]:
-    """Bands of rows of pixels that lie in the file one after the other, uncompressed."""
+    """Rows of pixels that lie in the file one after the other, uncompressed."""
     planes, _, height, width, samples = page.shaped
     dtype = page.dtype.newbyteorder(page.parent.byteorder)
     line = width * samples * dtype.itemsize
