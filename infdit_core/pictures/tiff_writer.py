@@ -7,9 +7,9 @@ through it, look for them there and not in SubIFDs; what knows no pyramids shows
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
@@ -27,8 +27,6 @@ _TILED_BYTES = 2**27
 """From here on a picture is tiled: it packs better, and a part can be read alone."""
 _BIG_BYTES = 2**32 - 2**25
 """Beyond this a file gets offsets of 64 bits: what is compressed may still be as large."""
-_AT_ONCE_BYTES = 2**24
-"""Of pixels that are packed at the same time."""
 _ASCII, _LONG, _UNDEFINED = 2, 4, 7
 _REDUCED = 1
 _DIRECTORIES = {EXIF_IFD: 34664, GPS_IFD: 34852}
@@ -110,12 +108,15 @@ def _tiles(pixels: Rows) -> Iterator[np.ndarray]:
 
 
 def _packed(parts: Iterator[np.ndarray]) -> Iterator[bytes]:
-    """Tiles or strips as they lie in the file, a few at a time, by as many threads as torch has."""
+    """Tiles or strips as they lie in the file, a few ahead, by as many threads as torch has."""
     threads = torch.get_num_threads()
+    waiting: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for part in parts:
-            few = max(threads, _AT_ONCE_BYTES // part.nbytes) - 1
-            yield from pool.map(_deflated, [part, *islice(parts, few)])
+            waiting.append(pool.submit(_deflated, part))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        yield from (done.result() for done in waiting)
 
 
 def _deflated(part: np.ndarray) -> bytes:
