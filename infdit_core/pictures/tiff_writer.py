@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ _STRIP_BYTES = 2**20
 _TILE = 256
 """Side of a tile in pixels; what viewers of large pictures take."""
 _TILED_BYTES = 2**27
-"""From here on a picture is tiled: it packs better, and a part can be read alone."""
+"""From here on a picture is tiled, so that a part can be read alone."""
 _BIG_BYTES = 2**32 - 2**25
 """Beyond this a file gets offsets of 64 bits: what is compressed may still be as large."""
 _ASCII, _LONG, _UNDEFINED = 2, 4, 7
@@ -140,13 +141,14 @@ def _means(pixels: np.ndarray) -> np.ndarray:
     """Means of 2x2 pixels, or of what there is of them at the edges; of colours by their alpha."""
     height, width, channels = pixels.shape
     pixels = np.pad(pixels, [(0, height % 2), (0, width % 2), (0, 0)], mode="edge")
-    four = pixels.reshape(-(-height // 2), 2, -(-width // 2), 2, channels).astype(np.float64)
-    means = four.mean(axis=(1, 3))
+    four = [pixels[y::2, x::2] for y in (0, 1) for x in (0, 1)]
+    means = reduce(np.add, [part.astype(np.float32) for part in four]) * np.float32(0.25)  # exact
     if channels == 4:
-        alpha = four[..., 3:]
-        total = alpha.sum(axis=(1, 3))
-        seen = (four[..., :3] * alpha).sum(axis=(1, 3)) / np.maximum(total, 1)
-        means[..., :3] = np.where(total > 0, seen, means[..., :3])
+        weights = [part[..., 3:].astype(np.float64) for part in four]
+        seen = reduce(np.add, [part[..., :3] * w for part, w in zip(four, weights, strict=True)])
+        total = reduce(np.add, weights)
+        colours = np.divide(seen, total, out=means[..., :3].astype(np.float64), where=total > 0)
+        means[..., :3] = colours.round()
     return means.round().astype(pixels.dtype)
 
 

@@ -231,7 +231,7 @@ def test_a_pyramid_holds_means_of_means(tmp_path):
     again, kept = read_image(tmp_path / "a.tif")
     assert torch.equal(again, image)
     tags = Image.Exif()
-    tags.load(kept.metadata.exif)
+    tags.load(kept.metadata.exif or b"")
     assert (tags[0x010F], tags.get_ifd(0x8769)[0x9003]) == ("Camera", TAKEN)
     assert [path.name for path in tmp_path.glob("*.tif*")] == ["a.tif"]
     with pytest.raises(ImageError, match=r"a\.png: expected \.tif for a pyramid"):
