@@ -28,7 +28,7 @@ from ..memory.planner import Workload, evaluation_flop, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
 from ..pictures.alpha import fill_invisible
-from ..pictures.files import ImageInfo, check_writable, read_image, write_image
+from ..pictures.files import ImageInfo, check_writable, is_tiff, read_image, write_image
 from ..pictures.prepare import pass_sizes, target_size
 from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
@@ -72,6 +72,8 @@ def upscale_files(args: argparse.Namespace) -> int:
     check_wrap(args.wrap, args.colour_fix)
     if args.start and not jobs.single:
         raise UsageError("--start goes with a single picture")
+    if args.pyramid and any(not is_tiff(target) for _, target in jobs.todo):
+        raise UsageError("--pyramid goes with results that end in .tif")
     for target in jobs.finished:
         say(f"{target} is there already; --overwrite replaces it")
     if jobs.todo:
@@ -159,8 +161,14 @@ class Upscaler:
             ) from error
         if self.args.ranks and not self.args.ranks.first:
             return
-        depth, overwrite = self.args.bit_depth, self.args.overwrite
-        write_image(target, picture, bit_depth=depth, info=job.info, overwrite=overwrite)
+        write_image(
+            target,
+            picture,
+            bit_depth=self.args.bit_depth,
+            info=job.info,
+            overwrite=self.args.overwrite,
+            pyramid=self.args.pyramid,
+        )
         if self.args.ranks:
             self.args.ranks.finish(target)
 

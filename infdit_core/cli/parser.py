@@ -83,6 +83,12 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         default=8,
         help="bits per channel of the result; 16 needs .png or .tif (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pyramid",
+        action="store_true",
+        help="write into a .tif the result at half its size, a quarter and so on too, for viewers"
+        " of large pictures; a third more of the file",
+    )
 
     target = parser.add_argument_group("size").add_mutually_exclusive_group()
     target.add_argument(

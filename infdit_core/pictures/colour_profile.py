@@ -18,6 +18,8 @@ from .decoded import Colour
 
 _SPACE = slice(16, 20)
 """Of the bytes of a profile: its colour space."""
+_COUNTS = {"GRAY": 1, "CMYK": 4}
+"""Colours that are made sRGB, and how many numbers they have."""
 _D65 = (0.3127, 0.3290)
 _SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 _PRIMARIES = {1: _SRGB, 9: (0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
@@ -57,47 +59,56 @@ def hdr(cicp: bytes | None) -> str | None:
     return _HDR.get(cicp[1], f"cICP {tuple(cicp)}")
 
 
+def usable(icc_profile: bytes | None, space: str) -> bytes | None:
+    """The profile of grey or ink; None where it is none for them, or damaged, as the log tells."""
+    if space == "RGB" or not icc_profile or icc_profile[_SPACE] != space.encode():
+        return None
+    import imagecodecs
+
+    try:
+        _by_profile(np.zeros((1, 1, _COUNTS[space]), np.uint8), space, icc_profile)
+    except (imagecodecs.CmsError, ValueError) as error:
+        logger.warning("the colour profile is damaged and left out: %s", error)
+        return None
+    return icc_profile
+
+
 def to_srgb(pixels: np.ndarray, space: str, icc_profile: bytes | None) -> np.ndarray:
-    """Grey and ink as sRGB: by their profile, where it is one for them.
+    """Grey and ink as sRGB: by their profile, where there is one.
 
     Args:
         pixels: (H, W, C) as in `Decoded`, alpha behind the colours.
         space: GRAY or CMYK; RGB comes back as it is.
+        icc_profile: a `usable` one.
 
     Returns:
         (H, W, C) of the same dtype; C = 1 or 2 for grey, 3 or 4 for ink.
     """
     if space == "RGB":
         return pixels
-    count = {"GRAY": 1, "CMYK": 4}[space]
+    count = _COUNTS[space]
     colours, alpha = pixels[..., :count], pixels[..., count:]
-    found = None
-    if icc_profile and icc_profile[_SPACE] == space.encode():
-        found = _by_profile(np.ascontiguousarray(colours), space, icc_profile)
-    if found is None:
-        found = colours if space == "GRAY" else _ink_on_white(colours)
-    return np.concatenate([found, alpha], axis=-1)
+    if icc_profile:
+        colours = _by_profile(np.ascontiguousarray(colours), space, icc_profile)
+    elif space == "CMYK":
+        colours = _ink_on_white(colours)
+    return np.concatenate([colours, alpha], axis=-1)
 
 
-def _by_profile(colours: np.ndarray, space: str, icc_profile: bytes) -> np.ndarray | None:
-    """(H, W, 1 or 4) -> (H, W, 1 or 3), or None where the profile is no good."""
+def _by_profile(colours: np.ndarray, space: str, icc_profile: bytes) -> np.ndarray:
+    """(H, W, 1 or 4) -> (H, W, 1 or 3)."""
     import imagecodecs
 
     kept = colours.dtype
     if kept.kind == "f":
         colours = (colours * 65535).round().astype(np.uint16)
-    source = colours[..., 0] if space == "GRAY" else colours
-    try:
-        made: np.ndarray = imagecodecs.cms_transform(
-            source,
-            icc_profile,
-            imagecodecs.cms_profile("srgb"),
-            colorspace="minisblack" if space == "GRAY" else "cmyk",
-            outcolorspace="rgb",
-        )
-    except (imagecodecs.CmsError, ValueError) as error:
-        logger.warning("the colour profile is damaged and left out: %s", error)
-        return None
+    made: np.ndarray = imagecodecs.cms_transform(
+        colours[..., 0] if space == "GRAY" else colours,
+        icc_profile,
+        imagecodecs.cms_profile("srgb"),
+        colorspace="minisblack" if space == "GRAY" else "cmyk",
+        outcolorspace="rgb",
+    )
     if space == "GRAY":
         made = made[..., :1]  # neutral, so all three are equal
     return made.astype(np.float32) / 65535 if kept.kind == "f" else made

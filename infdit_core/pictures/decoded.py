@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,13 +31,17 @@ class Colour:
     """x and y of white, red, green and blue, as cHRM of PNG has them."""
 
 
+Piece = tuple[int, int, np.ndarray]
+"""Row and column of pixels (h, w, C) that are a part of a picture."""
+
+
 @dataclass
 class Decoded:
     """A picture as it lies in its file, not yet upright and in the file's own colours."""
 
     pixels: np.ndarray
     """(H, W, C) uint8, uint16, or float32 in 0..1, full range; C = 1 (grey), 2 (grey, alpha), 3, 4,
-    and of CMYK 4 or 5 with 0 for no ink."""
+    and of CMYK 4 or 5 with 0 for no ink. `blank` where they come in pieces."""
     space: str = "RGB"
     """Colours of the pixels: GRAY, RGB or CMYK."""
     colour: Colour = field(default_factory=Colour)
@@ -49,6 +53,8 @@ class Decoded:
     """Texts of a PNG file by keyword."""
     frames: int = 1
     """Pictures in the file, of which this is the first."""
+    pieces: Callable[[], Iterable[Piece]] | None = None
+    """Reads the pixels piece by piece, each of them once, and raises what a reader raises."""
 
 
 @contextmanager
@@ -62,9 +68,9 @@ def quiet(name: str) -> Iterator[None]:
         log.disabled = was
 
 
-def blank(height: int, width: int, channels: int) -> np.ndarray:
-    """What stands for the pixels of a picture of which the head alone was read; takes no memory."""
-    return np.broadcast_to(np.uint8(0), (height, width, channels))
+def blank(height: int, width: int, channels: int, dtype: type[np.generic] = np.uint8) -> np.ndarray:
+    """What stands for pixels that were not read, or not yet; takes no memory."""
+    return np.broadcast_to(dtype(0), (height, width, channels))
 
 
 def require_pixels(height: int, width: int, channels: int) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import struct
 import zlib
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -19,14 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import InfDiTError
 from ..memory.planner import PlanError
 from ..whole_files import whole_file
-from . import by_pillow, colour_profile, metadata, png, tiff
-from .decoded import Colour, Decoded, ImageError
+from . import by_pillow, colour_profile, metadata, png, tiff, tiff_writer
+from .decoded import Colour, Decoded, ImageError, Piece, require_pixels
+from .levels import Levels, bands, values
 from .metadata import Metadata
 
-__all__ = ["READABLE", "ImageError", "ImageInfo", "check_writable", "fitting", "picture_size",
-           "read_image", "write_image"]  # fmt: skip
+__all__ = ["READABLE", "ImageError", "ImageInfo", "check_writable", "fitting", "is_tiff",
+           "picture_size", "read_image", "write_image"]  # fmt: skip
 
 _FORMATS = {
     ".png": "PNG",
@@ -48,6 +52,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError,
            RuntimeError, struct.error, zlib.error)  # fmt: skip
 """What readers raise for damaged files; most were seen when fuzzing."""
+_BACK = {6: 8, 8: 6}
+"""Orientations that undo another; all others undo themselves."""
 _MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
 
 logger = logging.getLogger(__name__)
@@ -66,11 +72,18 @@ class ImageInfo:
     """Code points of the colours, which rule over the profile: HDR has no other way to tell."""
 
 
-def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
+def read_image(
+    path: str | Path, empty: Callable[[tuple[int, ...]], Tensor] | None = None
+) -> tuple[Tensor, ImageInfo]:
     """Read a picture, turned upright by its EXIF orientation; of an animation the first frame.
 
     Palette pictures become RGB, transparent ones RGBA. Ink and grey become sRGB by their profile;
     RGB keeps its own. The formats are those of `READABLE`, found by the file's content.
+
+    Args:
+        empty: gives float32 room on the CPU for a shape, such as that of a mapped file. TIFF is
+            decoded into it tile by tile or strip by strip: no more than one of them is in memory.
+            Other formats are decoded there first. What it raises comes through.
 
     Returns:
         (1, H, W, C) float32 in 0..1, C = 1 (grey), 3 or 4, and what is known about it.
@@ -83,14 +96,15 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
     try:
         decoded = _decoded(path)
         metadata.unwrap_raw_profiles(decoded)
-        pixels = colour_profile.to_srgb(decoded.pixels, decoded.space, decoded.colour.icc_profile)
-        values = _values(_upright(pixels, metadata.orientation(decoded)))
+        image = _image(decoded, empty)
         profile = colour_profile.profile(decoded.colour, decoded.exif)
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; expected a picture") from None
     except (Image.DecompressionBombError, PlanError, MemoryError) as error:
         reason = str(error) or "not enough memory"
         raise ImageError(f"{path.name} is too large to read: {reason}") from error
+    except InfDiTError:
+        raise
     except _DAMAGE as error:
         # that of the system would name the file again
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
@@ -99,7 +113,7 @@ def read_image(path: str | Path) -> tuple[Tensor, ImageInfo]:
         logger.warning("%s holds more than one picture; the first is taken", path.name)
     bits = 8 if decoded.pixels.dtype == np.uint8 else 16
     found = ImageInfo(bits, profile, metadata.kept(decoded, path.name), decoded.colour.cicp)
-    return torch.from_numpy(values)[None], found
+    return image, found
 
 
 def picture_size(path: str | Path) -> tuple[int, int] | None:
@@ -111,6 +125,11 @@ def picture_size(path: str | Path) -> tuple[int, int] | None:
         return height, width
     except (Image.DecompressionBombError, MemoryError, *_DAMAGE):
         return None
+
+
+def is_tiff(path: str | Path) -> bool:
+    """Whether a file with this name is written as TIFF, which can hold a pyramid."""
+    return _FORMATS.get(Path(path).suffix.lower()) == "TIFF"
 
 
 def check_writable(
@@ -170,6 +189,7 @@ def write_image(
     bit_depth: int = 8,
     info: ImageInfo | None = None,
     overwrite: bool = True,
+    pyramid: bool = False,
 ) -> None:
     """Write a picture; the file appears whole or not at all.
 
@@ -181,6 +201,7 @@ def write_image(
         info: of the picture it was made from: its colours and metadata are written, as far as the
             format holds them (`fitting`).
         overwrite: whether a file that exists is replaced.
+        pyramid: whether a TIFF file holds the picture at half its size, a quarter and so on too.
 
     Raises:
         ImageError: see `check_writable`; the file exists; a full disk.
@@ -188,25 +209,27 @@ def write_image(
     path, info = Path(path), info or ImageInfo()
     if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] not in (3, 4):
         raise ImageError(f"expected an image of shape (1, H, W, 3 or 4), got {tuple(image.shape)}")
-    kept, levels = (np.uint16, 65535) if bit_depth == 16 else (np.uint8, 255)
-    pixels = (image[0].cpu().float().clip(0, 1) * levels).round().numpy().astype(kept)
-    transparent = pixels.shape[-1] == 4 and bool((pixels[..., 3] < levels).any())
-    size = pixels.shape[0], pixels.shape[1]
-    check_writable(path, alpha=transparent, bit_depth=bit_depth, size=size, info=info)
+    pixels = Levels(image, bit_depth)
+    check_writable(
+        path, alpha=pixels.transparent, bit_depth=bit_depth, size=pixels.shape[:2], info=info
+    )
     info = fitting(path, info)
-    kind = _FORMATS[path.suffix.lower()]
+    if pyramid and not is_tiff(path):
+        raise ImageError(f"{path.name}: expected .tif for a pyramid")
     try:
         with whole_file(path, overwrite=overwrite) as file:
-            _encode(file, kind, pixels, info)
+            if is_tiff(path):
+                profile, meta = info.icc_profile, info.metadata
+                more = profile, meta.exif, meta.xmp, meta.iptc
+                tiff_writer.write(file, pixels, *more, pyramid=pyramid)
+            else:
+                _encode(file, _FORMATS[path.suffix.lower()], pixels[:], info)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be written: {error}") from error
 
 
 def _encode(file: Any, kind: str, pixels: np.ndarray, info: ImageInfo) -> None:
     profile, meta = info.icc_profile, info.metadata
-    if kind == "TIFF":
-        tiff.write(file, pixels, profile, meta.exif, meta.xmp, meta.iptc)
-        return
     if kind == "PNG":
         texts = dict(meta.text)
         if meta.iptc:
@@ -237,13 +260,35 @@ def _decoded(path: Path, *, head_only: bool = False) -> Decoded:
     return by_pillow.read(path, head_only=head_only)
 
 
-def _values(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 1, 3 or 4) float32 in 0..1."""
-    if pixels.dtype.kind == "u":
-        pixels = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
-    if pixels.shape[-1] == 2:  # grey with alpha
-        pixels = pixels[..., [0, 0, 0, 1]]
-    return pixels.copy(order="C")
+def _image(decoded: Decoded, empty: Callable[[tuple[int, ...]], Tensor] | None) -> Tensor:
+    """(1, H, W, C) float32 in 0..1, upright, piece by piece."""
+    icc_profile = colour_profile.usable(decoded.colour.icc_profile, decoded.space)
+
+    def finished(pixels: np.ndarray) -> np.ndarray:
+        return values(colour_profile.to_srgb(pixels, decoded.space, icc_profile))
+
+    turned = metadata.orientation(decoded)
+    height, width, _ = _upright(decoded.pixels, turned).shape
+    channels = finished(decoded.pixels[:1, :1]).shape[-1]
+    if empty is None:
+        require_pixels(height, width, channels)
+        empty = torch.empty
+    image = empty((1, height, width, channels))
+    lying = _upright(image[0].numpy(), _BACK.get(turned, turned))
+    with closing(_pieces(decoded)) as pieces:
+        for row, column, pixels in pieces:
+            end = row + pixels.shape[0], column + pixels.shape[1]
+            lying[row : end[0], column : end[1]] = finished(pixels)
+    return image
+
+
+def _pieces(decoded: Decoded) -> Generator[Piece, None, None]:
+    if decoded.pieces is not None:
+        yield from decoded.pieces()
+        return
+    height, width, channels = decoded.pixels.shape
+    for band in bands(height, width * channels):
+        yield band.start, 0, decoded.pixels[band]
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -52,7 +52,8 @@ from .patches import warn_of_patches
 from .sampler import MAX_SEED, GuiderDraw, core_sampler
 
 _NAME = "Inf-DiT Upscale Folder"
-_FORMATS = ("png", "tif", "webp", "jpg")
+_PYRAMID = "tif pyramid"
+_FORMATS = ("png", "tif", "webp", "jpg", _PYRAMID)
 _SHOWN_IN_BROWSERS = ("png", "webp", "jpg")
 _MAX_SHOWN = 50
 
@@ -121,7 +122,9 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                     default="png",
                     tooltip="Of the results, which have the names of the pictures. EXIF, XMP, IPTC"
                     " and colours are kept as far as the format holds them; png also holds the"
-                    " workflow, and HDR (PQ, HLG) needs it.",
+                    " workflow, and HDR (PQ, HLG) needs it. tif is for results of any size, BigTIFF"
+                    " where it has to be; tif pyramid adds smaller copies, for viewers of large"
+                    " pictures.",
                 ),
                 io.Combo.Input(
                     "bit_depth",
@@ -211,6 +214,7 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         source = _source(require(folder, str, "expected folder from the list"))
         target = _target(output_folder.strip() or folder)
         depth = int(bit_depth)
+        pyramid, format = format == _PYRAMID, "tif" if format == _PYRAMID else format
         jobs = _plan(source, target, format, overwrite, recursive)
         check_writable(target / f"result.{format}", alpha=False, bit_depth=depth)
         check_inputs(model, torch.zeros(1, 1, 1, 3), None)  # whether it has the CLIP it needs
@@ -231,6 +235,24 @@ class InfDiTUpscaleFolder(io.ComfyNode):
             require_memory(size, model.load_device)
             return size
 
+        def make(path: Path, result: Path, progress: FolderProgress) -> None:
+            image, info = read_image(path)
+            progress.source(image)
+            size = sizes((image.shape[1], image.shape[2]))
+            info = check_result(result, image, size, depth, info)
+            sampler, back = core_sampler(chosen.solver), chosen.consistency
+            draw = GuiderDraw(model, sampler, sigmas, seed, progress, back)
+            vectors = check_inputs(model, image, None)
+            picture = upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix)
+            write_image(
+                result,
+                picture,
+                bit_depth=depth,
+                info=_with_texts(info, settings),
+                overwrite=overwrite,
+                pyramid=pyramid,
+            )
+
         check_jobs(jobs, sizes, depth)
         made = []
         with FolderProgress(hidden.unique_id if hidden else None) as progress:
@@ -238,16 +260,7 @@ class InfDiTUpscaleFolder(io.ComfyNode):
             for n, (path, result) in enumerate(jobs.todo):
                 progress.picture(n, path.name)
                 with jobs.attempt(path), _memory_errors():
-                    image, info = read_image(path)
-                    progress.source(image)
-                    size = sizes((image.shape[1], image.shape[2]))
-                    info = check_result(result, image, size, depth, info)
-                    sampler, back = core_sampler(chosen.solver), chosen.consistency
-                    draw = GuiderDraw(model, sampler, sigmas, seed, progress, back)
-                    vectors = check_inputs(model, image, None)
-                    picture = upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix)
-                    info = _with_texts(info, settings)
-                    write_image(result, picture, bit_depth=depth, info=info, overwrite=overwrite)
+                    make(path, result, progress)
                     made.append(result)
             progress.end(len(made), len(jobs.finished), len(jobs.failed))
         if jobs.failed:

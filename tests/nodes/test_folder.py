@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import time
+import weakref
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -110,6 +111,25 @@ def test_the_text_and_the_preview_are_of_the_picture_at_work(
     with pytest.raises(management.InterruptProcessingException):
         run(overwrite=True)
     assert texts[-1] == "cancelled at picture 1 of 2, a.png"
+
+
+def test_a_result_is_written_as_a_pyramid_and_let_go_of(comfy, folders, run, monkeypatch):
+    node = comfy.module("nodes.infdit.folder")
+    upscale, results = node.upscale, []
+
+    def watched(*args, **options):
+        assert not any(result() is not None for result in results)
+        picture = upscale(*args, **options)
+        results.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(node, "upscale", watched)
+    (folders[0] / "photos" / "b.jpg").unlink()
+    assert run(format="tif pyramid", longest_edge=300).ui["images"] == []
+    assert len(results) == 2
+    for path in (folders[1] / "photos" / f"{name}.tif" for name in "ac"):
+        with Image.open(path) as found:
+            assert (max(found.size), found.n_frames) == (300, 2)
 
 
 def test_a_picture_that_fails_is_named_and_the_others_are_made(folders, run):

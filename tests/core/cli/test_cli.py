@@ -172,6 +172,16 @@ def test_text_without_a_text_tower(models, picture, tmp_path, capsys):
     fails(capsys, "takes no CLIP embedding")
 
 
+def test_a_pyramid_is_asked_for_and_needs_tif(models, picture, tmp_path, capsys):
+    arguments = (picture, "--model", models["none"], "--size", 300, "--pyramid")
+    assert upscale(*arguments, "-o", tmp_path / "a.tif") == 0
+    with Image.open(tmp_path / "a.tif") as found:
+        assert (found.size, found.n_frames) == ((300, 193), 2)
+    with pytest.raises(SystemExit):
+        upscale(*arguments, "-o", tmp_path / "a.png")
+    assert "--pyramid goes with results that end in .tif" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_unasked(models, picture, tmp_path, capsys):
     out = tmp_path / "out.png"
     out.write_bytes(b"precious")

@@ -6,11 +6,13 @@ import tifffile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from imagecodecs import cms_profile
 from PIL import Image
 
-from infdit_core.pictures import tiff
+from infdit_core.memory import host
+from infdit_core.pictures import tiff_writer
 from infdit_core.pictures.files import ImageError, picture_size, read_image, write_image
-from tests.core.pictures.made import drawn, packed_bits, upright
+from tests.core.pictures.made import TAKEN, drawn, exif, packed_bits, upright
 
 RNG = np.random.default_rng(0)
 COLOURS = {"minisblack": 1, "miniswhite": 1, "rgb": 3}
@@ -78,6 +80,27 @@ def test_any_tiff_is_read_by_value(folder, file):
     np.testing.assert_allclose(image[0].numpy(), expected, atol=2**-24, rtol=0)
     assert info.bit_depth == (8 if pixels.dtype == np.uint8 else 16)
     assert picture_size(path) is not None
+    room = torch.full((1, *expected.shape), torch.nan)
+    given, _ = read_image(path, lambda shape: room.view(shape))
+    assert given.data_ptr() == room.data_ptr()
+    assert torch.equal(given, image)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tile": (16, 16), "compression": "zlib"}, {}, {"planarconfig": "separate"}]
+)
+def test_what_comes_in_pieces_needs_no_memory_of_its_size(tmp_path, monkeypatch, layout):
+    pixels = RNG.integers(0, 256, (64, 80, 3), np.uint8)
+    stored = np.moveaxis(pixels, -1, 0) if layout.get("planarconfig") else pixels
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", **layout)
+    monkeypatch.setattr(host, "available_bytes", lambda: 16 * 16 * 3 * 4)
+    with pytest.raises(ImageError, match=r"a\.tif is too large to read: 80×64 px need"):
+        read_image(tmp_path / "a.tif")
+    image, _ = read_image(tmp_path / "a.tif", torch.empty)
+    assert torch.equal((image[0] * 255).round(), torch.from_numpy(pixels).float())
+    tifffile.imwrite(tmp_path / "a.tif", pixels, compression="zlib", rowsperstrip=64)
+    with pytest.raises(ImageError, match=r"a\.tif is too large to read: 80×64 px need"):
+        read_image(tmp_path / "a.tif", torch.empty)
 
 
 @drawn(60)
@@ -169,8 +192,63 @@ def test_what_is_written_is_read_by_others(tmp_path, channels, bits, size):
     assert np.abs(np.array(found).astype(int) - (pixels >> (bits - 8))).max() <= bits // 16
 
 
+@pytest.mark.parametrize(("channels", "bits"), [(3, 8), (4, 16)])
+def test_what_is_large_is_tiled(tmp_path, monkeypatch, channels, bits):
+    monkeypatch.setattr(tiff_writer, "_TILED_BYTES", 100)
+    pixels = RNG.integers(0, 2**bits, (300, 530, channels)).astype(f"u{bits // 8}")
+    image = torch.from_numpy(pixels.astype(np.float32) / (2**bits - 1))[None]
+    write_image(tmp_path / "a.tif", image, bit_depth=bits)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        (page,) = file.pages
+        assert page.tile == (256, 256)
+        assert np.array_equal(page.asarray(), pixels)
+    with Image.open(tmp_path / "a.tif") as found:
+        assert np.abs(np.array(found).astype(int) - (pixels >> (bits - 8))).max() <= bits // 16
+    assert torch.equal(read_image(tmp_path / "a.tif")[0], image)
+
+
+def test_a_pyramid_holds_means_of_means(tmp_path):
+    source = Image.new("RGB", (9, 8))
+    source.save(tmp_path / "a.png", exif=exif(1), icc_profile=cms_profile("adobergb"))
+    info = read_image(tmp_path / "a.png")[1]
+    pixels = RNG.integers(0, 256, (522, 301, 3), np.uint8)
+    image = torch.from_numpy(pixels)[None] / 255
+    write_image(tmp_path / "a.tif", image, info=info, pyramid=True)
+    padded = np.pad(pixels, [(0, 0), (0, 1), (0, 0)], mode="edge").astype(float)
+    half = padded.reshape(261, 2, 151, 2, 3).mean((1, 3)).round()
+    padded = np.pad(half, [(0, 1), (0, 1), (0, 0)], mode="edge")
+    quarter = padded.reshape(131, 2, 76, 2, 3).mean((1, 3)).round()
+    with tifffile.TiffFile(tmp_path / "a.tif") as file, Image.open(tmp_path / "a.tif") as found:
+        assert [page.subfiletype for page in file.pages] == [0, 1, 1]
+        assert [level.shape for level in file.series[0].levels] == [
+            (522, 301, 3), (261, 151, 3), (131, 76, 3)
+        ]  # fmt: skip
+        for n, level in enumerate((pixels, half, quarter)):
+            found.seek(n)
+            assert np.array_equal(np.array(found), level)
+            assert np.array_equal(file.pages[n].asarray(), level)
+            assert found.info["icc_profile"] == info.icc_profile
+    again, kept = read_image(tmp_path / "a.tif")
+    assert torch.equal(again, image)
+    tags = Image.Exif()
+    tags.load(kept.metadata.exif or b"")
+    assert (tags[0x010F], tags.get_ifd(0x8769)[0x9003]) == ("Camera", TAKEN)
+    assert [path.name for path in tmp_path.glob("*.tif*")] == ["a.tif"]
+    with pytest.raises(ImageError, match=r"a\.png: expected \.tif for a pyramid"):
+        write_image(tmp_path / "a.png", image, pyramid=True)
+
+
+def test_colours_of_invisible_pixels_are_in_no_mean(tmp_path):
+    image = torch.zeros(1, 2, 258, 4)
+    image[..., 3] = torch.tensor([1.0, 0.0]).repeat(129)
+    image[:, :, ::2, 0] = 0.4
+    write_image(tmp_path / "a.tif", image, pyramid=True)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert np.array_equal(np.unique(file.pages[1].asarray(), axis=1), [[[102, 0, 0, 128]]])
+
+
 def test_above_4_gb_offsets_have_64_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiff, "_BIG_BYTES", 100)
+    monkeypatch.setattr(tiff_writer, "_BIG_BYTES", 100)
     source = Image.new("RGB", (9, 8), (1, 2, 3))
     exif = Image.Exif()
     exif[0x010F] = "Camera"
