@@ -1,21 +1,25 @@
-"""One picture on several devices by torch.distributed, a process each.
+"""One picture on several devices: by torch.distributed, a process each, or in threads of one.
 
-Every process samples a strip of whole lines of blocks with a solver of its own. All that goes
-between them while they sample is a line of keys and values per layer, to the next strip, so none
-waits for the others once the first lines have come.
+Each samples a strip of whole lines of blocks with a solver of its own. All that goes between them
+while they sample is a line of keys and values per layer, to the next strip, so none waits for the
+others once the first lines have come.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .blocks.grid import Chunk, Grid, Strip
+from .blocks.strips import in_strips
 from .errors import InfDiTError
+from .network.model import InfDiT
 from .pictures.prepare import Canvas, Wrap
 from .upscale import Sampler
 
@@ -57,6 +61,36 @@ class DistributedLink:
 
 
 @dataclass
+class LocalStripSampler(Sampler):
+    """A `Sampler` of several devices of this process: each draws a strip, in a thread of its own.
+
+    The picture is that of one `Sampler`, to the bit.
+    """
+
+    others: Sequence[InfDiT] = ()
+    """Copies of the model, on the other devices."""
+
+    def __call__(self, canvas: Canvas) -> Tensor:
+        px, grid = self.block_px, _grid(canvas, self.block_px)
+        models = [self.model, *self.others][: grid.lines]
+        devices = [model.final.linear.weight.device for model in models]
+        own = dict(zip(grid.strips([1] * len(models)), models, strict=True))
+        noise = _noise(canvas, self.seed)
+        result = torch.empty_like(canvas.concat, dtype=torch.float32, device="cpu")
+
+        def compute(strip: Strip, _: torch.device) -> None:
+            settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Sampler)}
+            sampler = Sampler(**settings | {"model": own[strip.chunk]})
+            if strip.link.has_after:  # the last strip is done last, and tells how far all are
+                sampler.callback = sampler.progress = None
+            place = (..., *strip.chunk.scaled(px))
+            result[place] = sampler.draw(_part(canvas, strip, px), noise[place], strip)
+
+        in_strips(grid, devices, compute)
+        return result
+
+
+@dataclass
 class StripSampler(Sampler):
     """A `Sampler` of all processes of the default group together: each draws a strip.
 
@@ -65,18 +99,15 @@ class StripSampler(Sampler):
     """
 
     def __call__(self, canvas: Canvas) -> Tensor:
-        px, (height, width) = self.block_px, canvas.concat.shape[-2:]
-        grid = Grid(height // px, width // px)
+        px, grid = self.block_px, _grid(canvas, self.block_px)
         ranks = min(dist.get_world_size(), grid.lines)
         chunks, rank = grid.strips([1] * ranks), dist.get_rank()
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = canvas.noise(lambda shape: torch.randn(shape, generator=generator))
         own = None
         if rank < ranks:
             link = DistributedLink(rank, ranks)
             strip = Strip(grid, chunks[rank], link)
-            rows, columns = strip.chunk.scaled(px)
-            own = self.draw(_part(canvas, strip, px), noise[..., rows, columns], strip)
+            place = (..., *strip.chunk.scaled(px))
+            own = self.draw(_part(canvas, strip, px), _noise(canvas, self.seed)[place], strip)
             link.flush()
         return self._gathered(own, canvas.concat, chunks)
 
@@ -93,6 +124,17 @@ class StripSampler(Sampler):
             dist.broadcast(piece, rank)
             place.copy_(piece)
         return result
+
+
+def _grid(canvas: Canvas, block_px: int) -> Grid:
+    height, width = canvas.concat.shape[-2:]
+    return Grid(height // block_px, width // block_px)
+
+
+def _noise(canvas: Canvas, seed: int) -> Tensor:
+    """(B, 3, H, W) what a `Sampler` draws for the whole canvas."""
+    generator = torch.Generator().manual_seed(seed)
+    return canvas.noise(lambda shape: torch.randn(shape, generator=generator))
 
 
 def _part(canvas: Canvas, strip: Strip, block_px: int) -> Canvas:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "infdit_core.dimr": {"checkpoints", "memory", "errors"},
     "infdit_core.pictures": {"network", "memory", "whole_files", "errors"},
     "infdit_core.clip": {"checkpoints", "errors"},
-    "infdit_core.distributed": {"upscale", "pictures", "blocks", "errors"},
+    "infdit_core.distributed": {"upscale", "pictures", "network", "blocks", "errors"},
     "infdit_core.upscale": {"sampling", "pictures", "memory", "network", "blocks", "errors"},
 }
 """Rooms of the engine beside their own; `cli`, `__init__` and `__main__` may import all."""

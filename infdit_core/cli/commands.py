@@ -22,6 +22,7 @@ from ..checkpoints.load import check, load_model, read_config
 from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
 from ..dimr import load as dimr
+from ..distributed import LocalStripSampler, StripSampler
 from ..memory.adaptive import is_out_of_memory, memory_budget
 from ..memory.host import gigabytes, require_memory, waiting_bytes
 from ..memory.planner import Workload, evaluation_flop, plans
@@ -130,19 +131,28 @@ def read_picture(
 
 
 class Upscaler:
-    """The model that the options of `infdit upscale` name, ready for one picture after another."""
+    """The model that the options of `infdit upscale` name, ready for one picture after another.
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    Args:
+        device: that it computes on.
+        others: devices that take strips of each picture beside it.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, *others: torch.device
+    ) -> None:
         self.args, self.device = args, device
         self.guide = _guide(args, device)
-        self.model = _load(args.model, device, choose_dtype(args.dtype, device))
+        dtype = choose_dtype(args.dtype, device)
+        self.model, *self.others = [_load(args.model, d, dtype) for d in (device, *others)]
         if args.reuse_layers and args.reuse_layers >= self.model.config.num_layers:
             raise CommandError(
                 f"--reuse-layers: expected less than the {self.model.config.num_layers} layers of"
                 f" {args.model.name}, got {args.reuse_layers}"
             )
         if args.compile:
-            self.model.compile_layers()
+            for model in (self.model, *self.others):
+                model.compile_layers()
 
     def make(self, job: Job, source: Path, target: Path) -> None:
         """Upscale a picture that was read from `source`, and write it to `target`.
@@ -196,6 +206,8 @@ class Upscaler:
                 progress.step,
                 progress.cells,
             )
+            if isinstance(draw, LocalStripSampler):
+                draw.others = self.others
             return upscale(
                 image,
                 size,
@@ -208,11 +220,9 @@ class Upscaler:
             )
 
     def _sampler(self) -> type[Sampler]:
-        if not self.args.ranks:
-            return Sampler
-        from ..distributed import StripSampler
-
-        return StripSampler
+        if self.args.ranks:
+            return StripSampler
+        return LocalStripSampler if self.others else Sampler
 
     def _memory(self) -> float | None:
         """What a plan may take on the device; None for what is free."""
