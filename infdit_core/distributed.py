@@ -80,7 +80,8 @@ class LocalStripSampler(Sampler):
 
         def compute(strip: Strip, _: torch.device) -> None:
             settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Sampler)}
-            sampler = Sampler(**settings | {"model": own[strip.chunk]})
+            settings["model"] = own[strip.chunk]
+            sampler = Sampler(**settings)
             if strip.link.has_after:  # the last strip is done last, and tells how far all are
                 sampler.callback = sampler.progress = None
             place = (..., *strip.chunk.scaled(px))
