@@ -38,16 +38,17 @@ class CastingInfDiT(InfDiT):
         *,
         run: Run | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> Tensor:
         schedule = schedule or Full()
         layers = [layer for layer, _ in schedule.cells(self.grid(x), len(self.layers))[:2]]
         if len(set(layers)) == len(layers):  # each layer is at work once, or again and again
-            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype)
+            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, **options)
         with ExitStack() as stack:
             self._weights = _LayerWeights(self, sigma.device, dtype or x.dtype)
             stack.callback(self.__dict__.pop, "_weights")
             stack.callback(self._weights.release)
-            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype)
+            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, **options)
 
     def lr_keys_values(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._weights is not None:

@@ -118,7 +118,7 @@ def test_the_schedule_for_a_memory_is_that_of_the_first_plan_that_fits():
 
 def test_a_plan_leaves_the_ram_what_it_needs():
     """16384² in bf16: lines of keys and values wait in RAM in place of all tokens."""
-    work = Workload(RELEASED, 16384, 16384, torch.bfloat16, pictures=False)
+    work = Workload(RELEASED, 16384, 16384, torch.bfloat16, pictures=0)
     found = plans(work)
     ample = Adaptive(found, 8e9, host_bytes=64e9).plan
     assert isinstance(ample.schedule, BlockMajor)
