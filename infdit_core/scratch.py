@@ -71,8 +71,13 @@ class Scratch:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            for state in self._states:
-                state.remove()
+            self.forget()
+
+    def forget(self) -> None:
+        """Remove what the runs so far left for others to go on: their results are in safety."""
+        for state in self._states:
+            state.remove()
+        self._states.clear()
 
     def state(self, about: Mapping[str, Any]) -> State:
         """What a sampling leaves, by all that its picture depends on."""
@@ -84,7 +89,7 @@ class Scratch:
                 "Inf-DiT: %s is of a run with another picture, model or setting that did not end:"
                 " it is left alone, and takes %s",
                 other,
-                _gigabytes(other.stat().st_size),
+                _amount(other.stat().st_size),
             )
         self._states.append(state)
         return state
@@ -124,8 +129,8 @@ class Scratch:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ScratchError(
-                f"{what}: {_gigabytes(needed)} of scratch files are needed in {self.folder}, where"
-                f" {_gigabytes(free)} are free. Expected --scratch on a larger disk, or a smaller"
+                f"{what}: {_amount(needed)} of scratch files are needed in {self.folder}, where"
+                f" {_amount(free)} are free. Expected --scratch on a larger disk, or a smaller"
                 " result"
             )
 
@@ -141,7 +146,7 @@ class Scratch:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self.require(size, "a picture")
             raise ScratchError(
-                f"{self.folder}: {_gigabytes(size)} cannot be taken for a picture"
+                f"{self.folder}: {_amount(size)} cannot be taken for a picture"
                 f" ({error.strerror or error}). Expected --scratch on a larger disk"
             ) from error
 
@@ -151,5 +156,5 @@ def _unlink_later(path: Path) -> None:
         path.unlink()
 
 
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _amount(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

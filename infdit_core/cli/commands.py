@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from ..checkpoints.names import CLIP_PREFIX, clip_state_dict, release_shapes
 from ..clip import ClipGuide, read_clip
 from ..memory.adaptive import is_out_of_memory
 from ..memory.host import gigabytes, require_memory, waiting_bytes
-from ..memory.planner import Workload, evaluation_flop, plans
+from ..memory.planner import Workload, evaluation_flop, lean_plan, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
 from ..pictures.alpha import fill_invisible
@@ -32,6 +33,7 @@ from ..pictures.prepare import pass_sizes, target_size
 from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
 from ..sampling import Preset, find_preset
+from ..scratch import Scratch
 from ..upscale import Sampler, upscale
 from .jobs import CommandError, Jobs, Size, check_jobs, check_result, make_folder, plan_jobs
 from .progress import Progress
@@ -87,7 +89,8 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     @cache  # asked twice for each picture, it says once that one would shrink
     def result_size(source: Size) -> Size:
         size = target_size(source, args.scale, args.size)
-        require_memory(size, device)
+        if args.scratch is None:
+            require_memory(size, device)
         return size
 
     if not jobs.single:  # what none of them could do is said once
@@ -125,7 +128,7 @@ def _read(
     source: Path, target: Path, result_size: Callable[[Size], Size], args: argparse.Namespace
 ) -> Job:
     """A picture that can be worked on."""
-    image, info = read_image(source)
+    image, info = _read_image(source, args.scratch)
     size = result_size((image.shape[1], image.shape[2]))
     info = check_result(target, image, size, args.bit_depth, info)
     start = None
@@ -133,6 +136,14 @@ def _read(
         start, _ = read_image(args.start)
         check_start(start, 1, size)
     return Job(image, info, size, start)
+
+
+def _read_image(path: Path, scratch: Scratch | None) -> tuple[Tensor, ImageInfo]:
+    """A picture in memory, or in a scratch file."""
+    image, info = read_image(path)
+    if scratch is not None:
+        image = scratch.empty(image.shape).copy_(image)
+    return image, info
 
 
 def _upscale_picture(
@@ -166,6 +177,7 @@ def _upscale_picture(
             args.reuse_layers or 0,
             progress.step,
             progress.cells,
+            args.scratch,
         )
         picture = upscale(
             image,
@@ -178,6 +190,8 @@ def _upscale_picture(
             wrap=args.wrap,
         )
     write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
+    if args.scratch is not None:
+        args.scratch.forget()
     _say(
         f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"
         f" {time.monotonic() - started:.1f} s"
@@ -281,10 +295,14 @@ def plan_table(args: argparse.Namespace) -> int:
         config = read_config(checkpoint)
     height, width = args.size[1], args.size[0]
     dtype = DTYPES[args.dtype]
-    found = plans(Workload(config, height, width, dtype, device=args.device))
+    work = Workload(config, height, width, dtype, device=args.device, scratch=args.scratch)
+    found = plans(work)
     ram = waiting_bytes() if args.ram is None else args.ram
     allowed = [p for p in found if p.host_bytes <= ram]
-    chosen = next((p for p in allowed if args.memory is None or p.peak_bytes <= args.memory), None)
+    memory = math.inf if args.memory is None else args.memory
+    chosen = next((p for p in allowed if p.peak_bytes <= memory), None)
+    if args.scratch:
+        chosen = lean_plan(found, memory, ram)
     petaflop = evaluation_flop(config, height, width) / 1e15
     _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
     column = max(len(str(p.schedule)) for p in found)

@@ -24,9 +24,9 @@ from .resize import Axis, enlarge, extend, plain, reach, resize, resize_into, re
 
 logger = logging.getLogger(__name__)
 
-WHOLE_PX = 2**23
+WHOLE_PX = 2**22
 """Pixels of a canvas that is made at once; a larger one is made by bands of rows. Pictures up to
-2896×2896 so keep the bits that they had before there were bands."""
+2048×2048 so keep the bits that they had before there were bands."""
 MAX_SHRINK = 4
 """A smaller result would need more padding than picture."""
 
@@ -215,6 +215,8 @@ def prepare(
     concat = resize(source, scale, padded).clamp(-1, 1)
     lr_scale = tuple(s / LR_SCALE for s in scale)
     lr = resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
+    if empty is not in_memory:
+        concat, lr = (empty(picture.shape).copy_(picture) for picture in (concat, lr))
     return Canvas(concat, lr, *size, image, alpha)
 
 
