@@ -4,8 +4,8 @@ Each side is run by the command line in a process of its own, with the small bun
 CPU, for one step of Euler's method: a second one takes the same memory. The peak of its anonymous
 memory is read from /proc while it runs: memory of the process, not the pages of its files, which
 are the system's. Tensors are counted in another run of the side --count, and compared with the
-plan; a run of 2048² in memory must give the same bits. Linux only. Writes gigapixel.json to
-benchmarks/results.
+plan; a run of 2048² in memory must give the same bits in the same order of computation. Linux only.
+Writes gigapixel.json to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infdit_core import Sampler, load_model, upscale
+from infdit_core import BlockMajor, Sampler, load_model, upscale
 from infdit_core.checkpoints.load import BUNDLED_FOLDER
 from infdit_core.memory.live_bytes import LiveBytes
 from infdit_core.memory.planner import weight_bytes
@@ -95,14 +95,15 @@ def counted(side: int, folder: Path) -> dict:
 def compared(side: int, folder: Path) -> dict:
     """Whether a picture in files has the bits of one in memory."""
     model, image = load_model(MODEL, "cpu", torch.float32), source(side)
+    draw = {"model": model, "preset": STEP, "schedule": BlockMajor(8, keep_lr=False)}
     with Scratch(folder / "scratch") as scratch:
-        in_files = sha(upscale(image, float(SCALE), model=model, preset=STEP, scratch=scratch))
-    in_memory = sha(upscale(image, float(SCALE), model=model, preset=STEP))
+        in_files = sha(upscale(image, float(SCALE), scratch=scratch, **draw))
+    in_memory = sha(upscale(image, float(SCALE), **draw))
     return {"side": side, "in_files_sha256": in_files, "in_memory_sha256": in_memory}
 
 
 def sha(picture: Tensor) -> str:
-    return hashlib.sha256(memoryview(picture.contiguous().view(-1).numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(picture.contiguous().view(-1).numpy().data.cast("B")).hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -96,12 +96,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        for part in tensor.detach().unbind(0) if tensor.ndim > 1 else (tensor.detach(),):
-            found.update(memoryview(part.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def _bytes(picture: Tensor) -> Iterator[memoryview]:
     flat = picture.view(-1)
     for start in range(0, flat.numel(), _BAND):
-        yield memoryview(flat[start : start + _BAND].numpy()).cast("B")
+        yield flat[start : start + _BAND].numpy().data.cast("B")

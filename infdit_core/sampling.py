@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -367,7 +367,7 @@ def sample(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         if mask is not None:
-            x = torch.lerp(first + sigma * noise, x, mask)
+            x = torch.lerp(first + sigma * cast("Tensor", noise), x, mask)
         if wrap is not None:
             x = wrap(x)
         room = like(x)

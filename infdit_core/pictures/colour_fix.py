@@ -126,7 +126,8 @@ def _statistics(
     def weighed(x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
         """The weighed mean of what `value` makes of the colours of the space."""
         parts = (weight[:, rows] * value(to_space(x[:, rows])) for rows in bands)
-        return sum(part.sum((-2, -1), keepdim=True) for part in parts)
+        sums = (part.sum((-2, -1), keepdim=True) for part in parts)
+        return sum(sums, start=x.new_zeros(()))
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         mean = weighed(x, lambda colours: colours)

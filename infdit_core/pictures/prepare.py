@@ -20,7 +20,7 @@ from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE
 from ..scratch import Empty, in_memory
-from .resize import Axis, enlarge, extend, plain, reach, resize, resize_into, resized
+from .resize import Axis, axes, enlarge, extend, reach, resize, resize_into, resized
 
 logger = logging.getLogger(__name__)
 
@@ -127,12 +127,10 @@ class Canvas:
             quarter = (1 / LR_SCALE, 1 / LR_SCALE)
             missing = lr - resize(x, quarter, tuple(lr.shape[-2:]))
             return x + resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
-        axes = [plain(x.shape[dim], lr.shape[dim]) for dim in (-2, -1)]
         missing, result = empty(lr.shape, x.device), empty(x.shape, x.device)
-        for rows, reduced in resized(*axes, lambda rows: x[..., rows, :]):
+        for rows, reduced in resized(*axes(x, lr), lambda rows: x[..., rows, :]):
             missing[..., rows, :] = lr[..., rows, :] - reduced
-        axes = [plain(lr.shape[dim], x.shape[dim]) for dim in (-2, -1)]
-        for rows, more in resized(*axes, lambda rows: missing[..., rows, :]):
+        for rows, more in resized(*axes(lr, x), lambda rows: missing[..., rows, :]):
             result[..., rows, :] = x[..., rows, :] + more
         return result
 
@@ -226,16 +224,16 @@ def _prepared_by_bands(
     """`prepare` of a large canvas."""
     batch, device = len(image), image.device
     sides = zip(image.shape[1:3], size, padded, strict=True)
-    axes = [Axis(source, target, 0, whole, around=False) for source, target, whole in sides]
+    down, across = (Axis(source, target, 0, whole, False) for source, target, whole in sides)
 
     def colours(rows: slice) -> Tensor:
         return _colours(image[:, rows])
 
     concat = empty((batch, 3, *padded), device)
-    for rows, band in resized(*axes, colours):
+    for rows, band in resized(down, across, colours):
         concat[..., rows, :] = band.clamp_(-1, 1)
     lr = empty((batch, 3, *(side // LR_SCALE for side in padded)), device)
-    for rows, band in resized(*axes, colours, LR_SCALE):
+    for rows, band in resized(down, across, colours, LR_SCALE):
         lr[..., rows, :] = band
     alpha = None
     if image.shape[-1] == 4:

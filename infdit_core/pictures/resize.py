@@ -110,9 +110,11 @@ def _across(x: Tensor, axis: Axis, shrink: int) -> Tensor:
     return resize(x, (1.0, scale), (x.shape[-2], width))
 
 
-def plain(source: int, target: int) -> Axis:
-    """An axis of a picture that becomes `target` long, and ends where the picture ends."""
-    return Axis(source, target, 0, target, around=False)
+def axes(x: Tensor, out: Tensor) -> tuple[Axis, Axis]:
+    """Of a picture (..., h, w) that becomes (..., H, W), and ends where it ends."""
+    sides = zip(x.shape[-2:], out.shape[-2:], strict=True)
+    rows, columns = (Axis(side, target, 0, target, around=False) for side, target in sides)
+    return rows, columns
 
 
 def resize_into(out: Tensor, x: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -121,8 +123,7 @@ def resize_into(out: Tensor, x: Tensor, then: Callable[[Tensor], Tensor] | None 
     Args:
         then: what becomes of a band before it is written.
     """
-    axes = (plain(x.shape[dim], out.shape[dim]) for dim in (-2, -1))
-    for band, values in resized(*axes, lambda rows: x[..., rows, :]):
+    for band, values in resized(*axes(x, out), lambda rows: x[..., rows, :]):
         out[..., band, :] = values if then is None else then(values)
     return out
 
