@@ -69,7 +69,7 @@ def model_condition(model: InfDiT, lr: Tensor) -> Condition:
     cond = condition(lr)
     if model.prior is not None:
         with torch.no_grad():
-            cond.concat = cond.concat + model.prior.bands(lr, weight.device, weight.dtype)
+            model.prior.add_to(cond.concat, lr, weight.device, weight.dtype)
     return Condition(cond.concat.to(weight.device), cond.lr.to(weight.device))
 
 

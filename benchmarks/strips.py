@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, gpus: int) -> tuple[float, str, int]:
     """Seconds, hash of the picture and bytes sent."""
     with tempfile.TemporaryDirectory() as folder:
         given = vars(args) | {"gpus": gpus, "out_file": Path(folder) / "row.json"}
-        given |= {"device": args.device.type, "schedule": "auto", "debug": True}
+        given |= {"device": args.device.type, "schedule": "auto", "scratch": None, "debug": True}
         run_on_ranks(measure, argparse.Namespace(**given))
         seconds, digest, sent = json.loads((Path(folder) / "row.json").read_text())
     return seconds, digest, sent

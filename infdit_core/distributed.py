@@ -21,6 +21,7 @@ from .blocks.strips import in_strips
 from .errors import InfDiTError
 from .network.model import InfDiT
 from .pictures.prepare import Canvas, Wrap
+from .sampling import gaussian
 from .upscale import Sampler
 
 _UNDER_WAY = 2
@@ -75,7 +76,6 @@ class LocalStripSampler(Sampler):
         models = [self.model, *self.others][: grid.lines]
         devices = [model.final.linear.weight.device for model in models]
         own = dict(zip(grid.strips([1] * len(models)), models, strict=True))
-        noise = _noise(canvas, self.seed)
         result = torch.empty_like(canvas.concat, dtype=torch.float32, device="cpu")
 
         def compute(strip: Strip, _: torch.device) -> None:
@@ -84,8 +84,9 @@ class LocalStripSampler(Sampler):
             sampler = Sampler(**settings)
             if strip.link.has_after:  # the last strip is done last, and tells how far all are
                 sampler.callback = sampler.progress = None
-            place = (..., *strip.chunk.scaled(px))
-            result[place] = sampler.draw(_part(canvas, strip, px), noise[place], strip)
+            place = strip.chunk.scaled(px)
+            noise = _noise(canvas, self.seed, *place)
+            result[(..., *place)] = sampler.draw(_part(canvas, strip, px), noise, strip)
 
         in_strips(grid, devices, compute)
         return result
@@ -107,8 +108,8 @@ class StripSampler(Sampler):
         if rank < ranks:
             link = DistributedLink(rank, ranks)
             strip = Strip(grid, chunks[rank], link)
-            place = (..., *strip.chunk.scaled(px))
-            own = self.draw(_part(canvas, strip, px), _noise(canvas, self.seed)[place], strip)
+            noise = _noise(canvas, self.seed, *strip.chunk.scaled(px))
+            own = self.draw(_part(canvas, strip, px), noise, strip)
             link.flush()
         return self._gathered(own, canvas.concat, chunks)
 
@@ -132,10 +133,11 @@ def _grid(canvas: Canvas, block_px: int) -> Grid:
     return Grid(height // block_px, width // block_px)
 
 
-def _noise(canvas: Canvas, seed: int) -> Tensor:
-    """(B, 3, H, W) what a `Sampler` draws for the whole canvas."""
-    generator = torch.Generator().manual_seed(seed)
-    return canvas.noise(lambda shape: torch.randn(shape, generator=generator))
+def _noise(canvas: Canvas, seed: int, rows: slice, columns: slice) -> Tensor:
+    """(B, 3, rows, columns) of what a `Sampler` draws for the whole canvas."""
+    shape = (*canvas.concat.shape[:2], *(canvas.noise_size or canvas.concat.shape[-2:]))
+    drawn = torch.cat(list(gaussian(shape, seed, rows)))
+    return drawn.view(*shape[:2], -1, shape[-1])[..., columns]
 
 
 def _part(canvas: Canvas, strip: Strip, block_px: int) -> Canvas:

@@ -1,20 +1,24 @@
 """Solvers of the EDM probability flow ODE (Karras et al., arXiv 2206.00364).
 
 Every solver has the signature `solver(denoise, x, sigmas, callback)`, where `denoise(x, sigma)`
-returns D(x; sigma), and reports each step through `callback` before it takes it.
+returns D(x; sigma), and reports each step through `callback` before it takes it. x and D are the
+solver's own, which it works on in place: besides them it keeps the derivatives that its method
+needs, and no other picture.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .bands import flat_bands
 from .blocks.grid import Strip
 from .blocks.schedules import Full, Schedule
 from .edm import RHO, SIGMA_MAX, partial_sigmas
@@ -23,12 +27,17 @@ from .network.condition import Condition
 from .network.model import InfDiT
 from .network.residual_cache import ResidualCache
 from .network.run import Progress, Run
+from .resume import State
+from .scratch import Empty, in_memory
 
 Denoise = Callable[[Tensor, float], Tensor]
 
 
 class Step(NamedTuple):
-    """What a solver reports when it has denoised the picture of a step."""
+    """What a solver reports when it has denoised the picture of a step.
+
+    The pictures are the solver's: it goes on in their memory when the callback returns.
+    """
 
     index: int
     """0 for the first step."""
@@ -43,7 +52,21 @@ class Step(NamedTuple):
 Callback = Callable[[Step], None]
 Retry = Callable[[Callable[[Schedule], Tensor]], Tensor]
 """Calls an evaluation with a schedule, with another where that failed."""
-Solver = Callable[[Denoise, Tensor, list[float], Callback], Tensor]
+
+
+class Keeping(NamedTuple):
+    """Where a solver's pictures live, and what is kept of its steps."""
+
+    like: Callable[[Tensor], Tensor] = torch.empty_like
+    """Makes room for another picture."""
+    history: Sequence[Tensor] = ()
+    """Derivatives of earlier steps, as `after` was given them: to go on where a run ended."""
+    after: Callable[[Tensor, list[Tensor]], None] = lambda x, history: None
+    """Called after each step with x and derivatives: all that later steps need."""
+
+
+Solver = Callable[..., Tensor]
+"""`solver(denoise, x, sigmas, callback, keeping=None)`: x at the last of the sigmas."""
 
 
 def to_d(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
@@ -51,27 +74,62 @@ def to_d(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
     return (x - denoised) / sigma
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    callback: Callback,
+    keeping: Keeping | None = None,
+) -> Tensor:
     """Euler's method: one evaluation a step."""
+    keeping = keeping or Keeping()
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
-        x = x + (following - sigma) * to_d(x, sigma, denoised)
+        _advance(x, denoised, sigma, following)
+        del denoised  # it would live beside the next one
+        keeping.after(x, [])
     return x
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    callback: Callback,
+    keeping: Keeping | None = None,
+) -> Tensor:
     """Heun's method (algorithm 1): two evaluations a step, one for the last step to 0."""
+    keeping = keeping or Keeping()
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
-        d = to_d(x, sigma, denoised)
-        predicted = x + (following - sigma) * d
         if following > 0:
-            d = (d + to_d(predicted, following, denoise(predicted, following))) / 2
-            predicted = x + (following - sigma) * d
-        x = predicted
+            _advance_twice(denoise, x, denoised, sigma, following, keeping.like(x))
+        else:
+            _advance(x, denoised, sigma, following)
+        del denoised
+        keeping.after(x, [])
     return x
+
+
+def _advance(x: Tensor, denoised: Tensor, sigma: float, following: float) -> None:
+    """Take x along its derivative to the next noise level."""
+    for x_, denoised_ in flat_bands(x, denoised):
+        x_ += (following - sigma) * to_d(x_, sigma, denoised_)
+
+
+def _advance_twice(
+    denoise: Denoise, x: Tensor, denoised: Tensor, sigma: float, following: float, room: Tensor
+) -> None:
+    """Take x along the mean of its derivative and that where it leads, which comes to `room`."""
+    d, predicted, step = denoised, room, following - sigma
+    for x_, d_, predicted_ in flat_bands(x, d, predicted):
+        d_.copy_(to_d(x_, sigma, d_))
+        torch.add(x_, step * d_, out=predicted_)
+    corrected = denoise(predicted, following)
+    for x_, d_, predicted_, corrected_ in flat_bands(x, d, predicted, corrected):
+        x_ += step * ((d_ + to_d(predicted_, following, corrected_)) / 2)
 
 
 _ADAMS_BASHFORTH = (
@@ -82,7 +140,13 @@ _ADAMS_BASHFORTH = (
 )
 
 
-def multistep(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callback) -> Tensor:
+def multistep(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    callback: Callback,
+    keeping: Keeping | None = None,
+) -> Tensor:
     """Linear multistep: one evaluation a step, of four steps once they are there.
 
     Adams-Bashforth with the weights of equal steps whatever the sigmas are, as pseudo numerical
@@ -90,17 +154,27 @@ def multistep(denoise: Denoise, x: Tensor, sigmas: list[float], callback: Callba
     steps in log sigma it was nearer to the solution than methods that integrate a polynomial in
     sigma or log sigma exactly (benchmarks/results/solvers_without_prior.json).
     """
-    history: list[Tensor] = []
+    keeping = keeping or Keeping()
+    history = list(keeping.history)
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         callback(Step(i, len(sigmas) - 1, sigma, x, denoised))
         if following == 0:
             return denoised  # a long step in log sigma, which Euler's method takes exactly to D
-        history = [to_d(x, sigma, denoised), *history][: len(_ADAMS_BASHFORTH)]
-        weights = _ADAMS_BASHFORTH[len(history) - 1]
-        for weight, d in zip(weights, history, strict=True):
-            x = x + (following - sigma) * weight * d
+        history.insert(0, denoised)
+        _advance_by_history(x, history, sigma, following)
+        del denoised, history[len(_ADAMS_BASHFORTH) - 1 :]
+        keeping.after(x, history)
     return x
+
+
+def _advance_by_history(x: Tensor, history: list[Tensor], sigma: float, following: float) -> None:
+    """Take x along its derivative and earlier ones; the first is D yet, and becomes that."""
+    weights = _ADAMS_BASHFORTH[len(history) - 1]
+    for x_, *bands in flat_bands(x, *history):
+        bands[0].copy_(to_d(x_, sigma, bands[0]))
+        for weight, d_ in zip(weights, bands, strict=True):
+            x_ += (following - sigma) * weight * d_
 
 
 class Preset(NamedTuple):
@@ -136,6 +210,12 @@ PRESETS = {
 (benchmarks/results/solvers_without_prior.json)."""
 
 SOLVERS: dict[str, Solver] = {"heun": heun, "euler": euler, "multistep": multistep}
+SOLVER_PICTURES = {"heun": 4, "euler": 2, "multistep": 2 + len(_ADAMS_BASHFORTH) - 1}
+"""Pictures at the peak, in an evaluation: x, the D that it writes, and derivatives."""
+STATE_PICTURES = {"heun": 1, "euler": 1, "multistep": len(_ADAMS_BASHFORTH)}
+"""What a step leaves to the next at most: x, and derivatives."""
+logger = logging.getLogger(__name__)
+
 AUTO = "auto"
 """Name of the preset that a model's file asks for."""
 AUTO_KEY = "infdit.preset"
@@ -187,13 +267,60 @@ def check_sigmas(sigmas: Tensor) -> list[float]:
     return levels
 
 
+_ALIGNED = 16
+"""torch draws normal numbers in sixteens: pieces of whole sixteens have the bits of one call."""
+_PIECE = 2**20
+
+
+def gaussian(shape: Sequence[int], seed: int, rows: slice = slice(None)) -> Iterator[Tensor]:
+    """The numbers of `torch.randn(shape)` after `manual_seed(seed)` on the CPU, piece by piece.
+
+    Args:
+        shape: (B, C, H, W) of the whole picture.
+        rows: of it; those of others are drawn too, since each number follows from the one before.
+
+    Yields:
+        (n,) float32: pieces of the (B, C, rows, W) in the order of its memory.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width = shape[-2:]
+    top, bottom, _ = rows.indices(height)
+    plane, total = height * width, math.prod(shape)
+    start = 0
+    while start < total:
+        stop = min(start + _PIECE, total)
+        if total - stop < _ALIGNED:  # what is left would be drawn in another way
+            stop = total
+        drawn = torch.randn(stop - start, generator=generator)
+        for n in range(start // plane, (stop - 1) // plane + 1):
+            first = max(start, n * plane + top * width)
+            last = min(stop, n * plane + bottom * width)
+            if first < last:
+                yield drawn[first - start : last - start]
+        start = stop
+
+
+def _noisy(first: Tensor, sigma: float, noise: Tensor | Iterable[Tensor], x: Tensor) -> Tensor:
+    """x = first + sigma · noise, written to x and returned."""
+    if isinstance(noise, Tensor):
+        for x_, first_, noise_ in flat_bands(x, first, noise):
+            torch.add(first_, sigma * noise_.to(x), out=x_)
+        return x
+    start, flat, first = 0, x.view(-1), first.reshape(-1)
+    for piece in noise:
+        there = slice(start, start + len(piece))
+        torch.add(first[there], sigma * piece.to(x), out=flat[there])
+        start += len(piece)
+    return x
+
+
 @torch.no_grad()
 def sample(
     model: InfDiT,
     cond: Condition,
     sigmas: Tensor,
     *,
-    noise: Tensor,
+    noise: Tensor | Iterable[Tensor],
     solver: str = "heun",
     schedule: Schedule | None = None,
     retry: Retry | None = None,
@@ -204,6 +331,8 @@ def sample(
     wrap: Callable[[Tensor], Tensor] | None = None,
     mask: Tensor | None = None,
     strip: Strip | None = None,
+    empty: Empty = in_memory,
+    state: State | None = None,
 ) -> Tensor:
     """Draw a picture: start from the LR picture plus noise and follow the ODE to sigma 0.
 
@@ -211,12 +340,13 @@ def sample(
         model: the network.
         cond: the condition, on any device.
         sigmas: (n + 1,) falling noise levels that end in 0, as from `edm_sigmas`.
-        noise: (B, 3, H, W) unit Gaussian.
+        noise: (B, 3, H, W) unit Gaussian, or pieces of it as from `gaussian`; with a mask whole.
         solver: a name in `SOLVERS`.
         schedule: the order of computation in the network.
         retry: calls each evaluation with a schedule of its own choice, such as `Adaptive.call`,
             which takes a smaller one when memory runs out.
-        callback: called with a `Step` once in every step; may raise to cancel.
+        callback: called with a `Step` once in every step; may raise to cancel. Its pictures are
+            overwritten afterwards.
         progress: called after every cell of an evaluation; may raise to cancel.
         cache: a new one, to leave out layers where sigma has hardly changed; exact if None.
         start: (B, 3, H, W) in [-1, 1], the picture to start from in place of the LR picture.
@@ -224,6 +354,8 @@ def sample(
         mask: (B, 1, H, W), 1 where the picture is drawn and 0 where it stays that of the start.
         strip: of a picture whose other strips are drawn elsewhere at the same time; all pictures
             here are of the strip, `cond.lr` of the whole.
+        empty: makes room for the solver's pictures.
+        state: keeps what each step leaves to the next, and knows where an earlier run ended.
 
     Returns:
         (B, 3, H, W) float32, about [-1, 1], not clipped.
@@ -238,23 +370,54 @@ def sample(
     run = Run(progress, cache)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        def evaluate(schedule: Schedule) -> Tensor:
-            return model.denoise(x, sigma, cond, schedule, run=run, strip=strip)
-
         if mask is not None:
-            x = torch.lerp(first + sigma * noise, x, mask)
+            x = torch.lerp(first + sigma * cast("Tensor", noise), x, mask)
         if wrap is not None:
             x = wrap(x)
+        room = like(x)
+
+        def evaluate(schedule: Schedule) -> Tensor:
+            return model.denoise(x, sigma, cond, schedule, run=run, strip=strip, out=room)
+
         denoised = evaluate(schedule) if retry is None else retry(evaluate)
         denoised = denoised if wrap is None else wrap(denoised)
         return denoised if mask is None else torch.lerp(first, denoised, mask)
 
-    device = schedule.pictures_device or model.final.linear.weight.device
-    first = (cond.concat if start is None else start).to(device, torch.float32)
-    noise = noise.to(first)
-    mask = None if mask is None else mask.to(first).expand_as(first)
-    x = first + levels[0] * noise
+    def like(x: Tensor) -> Tensor:
+        return empty(x.shape, x.device)
+
+    first = cond.concat if start is None else start
+    x = empty(first.shape, schedule.pictures_device or model.final.linear.weight.device)
+    first = first.to(x)
+    if mask is not None:
+        if not isinstance(noise, Tensor):
+            noise = torch.cat(list(noise)).view(x.shape)
+        mask, noise = mask.to(first).expand_as(first), noise.to(first)
+    steps = len(levels) - 1
+    done, history = (0, []) if state is None else state.load(x, like)
+    if done:
+        logger.warning("Inf-DiT: going on after step %d of %d", done, steps)
+    else:
+        _noisy(first, levels[0], noise, x)
+
+    def report(step: Step) -> None:
+        nonlocal current
+        current = done + step.index + 1
+        if callback is not None:
+            callback(step._replace(index=current - 1, total=steps))
+
+    def after(x: Tensor, history: list[Tensor]) -> None:
+        if state is not None and current < steps:
+            state.save(current, x, history)
+
+    current = done
     try:
-        return SOLVERS[solver](denoise, x, levels, callback or (lambda step: None))
+        if done < steps:
+            keeping = Keeping(like, history, after)
+            del history  # it would keep what the solver lets go
+            x = SOLVERS[solver](denoise, x, levels[done:], report, keeping)
+            if state is not None:
+                state.save(steps, x, [])
+        return x
     finally:
         run.release()

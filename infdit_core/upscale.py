@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .blocks.grid import Strip
 from .blocks.schedules import Schedule
 from .memory.adaptive import Adaptive, memory_budget
 from .memory.host import require_memory, waiting_bytes
-from .memory.planner import Workload, check_host, plans, small_plan
+from .memory.planner import PlanError, Workload, check_host, lean_plan, plans, small_plan
 from .network.condition import Condition
 from .network.config import LR_SCALE
 from .network.model import InfDiT
@@ -24,10 +24,22 @@ from .network.run import Progress
 from .pictures.alpha import fill_invisible
 from .pictures.colour_fix import fix_colours
 from .pictures.mask import check_mask, lay_mask, masked, paste, resize_mask
-from .pictures.prepare import Canvas, check_image, pass_sizes, target_size
+from .pictures.prepare import Canvas, check_image, is_whole, pass_sizes, target_size
+from .pictures.resize import enlarge, resize_into
 from .pictures.start import check_start
 from .pictures.wrap import check_wrap, lay_out
-from .sampling import AUTO, Callback, Preset, find_preset, sample
+from .resume import State, digest
+from .sampling import (
+    AUTO,
+    SOLVER_PICTURES,
+    STATE_PICTURES,
+    Callback,
+    Preset,
+    find_preset,
+    gaussian,
+    sample,
+)
+from .scratch import Empty, Scratch, in_memory
 
 
 class Draw(Protocol):
@@ -78,6 +90,8 @@ class Sampler:
     """Called with every `Step`."""
     progress: Progress | None = None
     """Called after every cell of an evaluation."""
+    scratch: Scratch | None = None
+    """Where pictures live in files, and what each step leaves to a later run; in memory if None."""
 
     def __post_init__(self) -> None:
         if isinstance(self.preset, str):
@@ -96,23 +110,31 @@ class Sampler:
     def device(self) -> torch.device:
         return self.model.final.linear.weight.device
 
+    @property
+    def empty(self) -> Empty:
+        """Makes room for pictures."""
+        return in_memory if self.scratch is None else self.scratch.empty
+
     def prepare(self, canvas: Canvas) -> Canvas:
         """The canvas with the picture of the model's prior, if it has one."""
         weight = self.model.final.linear.weight
-        return with_prior(canvas, self.model, weight.device, weight.dtype)
+        return with_prior(canvas, self.model, weight.device, weight.dtype, self.empty)
 
     def __call__(self, canvas: Canvas) -> Tensor:
         """A sampled (B, 3, H, W) float32 on the CPU."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self.draw(
-            canvas, canvas.noise(lambda shape: torch.randn(shape, generator=generator))
-        )
+        shape = (*canvas.concat.shape[:2], *(canvas.noise_size or canvas.concat.shape[-2:]))
+        noise = gaussian(shape, self.seed)
+        if canvas.noise_size is not None:
+            noise = canvas.noise(lambda shape: torch.cat(list(noise)).view(shape))
+        return self.draw(canvas, noise)
 
-    def draw(self, canvas: Canvas, noise: Tensor, strip: Strip | None = None) -> Tensor:
+    def draw(
+        self, canvas: Canvas, noise: Tensor | Iterable[Tensor], strip: Strip | None = None
+    ) -> Tensor:
         """A sampled (B, 3, H, W) float32 on the CPU.
 
         Args:
-            noise: (B, 3, H, W) unit Gaussian.
+            noise: (B, 3, H, W) unit Gaussian, or pieces of it as from `gaussian`.
             strip: of the picture that the canvas is of; the canvas has the LR picture whole.
         """
         preset = cast("Preset", self.preset)
@@ -128,11 +150,12 @@ class Sampler:
             schedule = adaptive.plan.schedule
             # a strip that began an evaluation anew would want its neighbour's lines again
             retry = adaptive.call if strip is None else None
-        device = self.device
-        concat = canvas.concat.to(schedule.pictures_device or device)
+        pictures = schedule.pictures_device or self.device
+        if self.scratch is not None:
+            pictures = torch.device("cpu")
         return sample(
             self.model,
-            Condition(concat, canvas.lr.to(device), canvas.vector),
+            Condition(canvas.concat.to(pictures), canvas.lr.to(pictures), canvas.vector),
             sigmas,
             noise=noise,
             solver=preset.solver,
@@ -145,49 +168,121 @@ class Sampler:
             wrap=canvas.wrap,
             mask=canvas.mask,
             strip=strip,
+            empty=self.empty,
+            state=self._state(canvas, sigmas),
         ).cpu()
 
     def plan(self, canvas: Canvas, strip: Strip | None = None) -> Adaptive:
-        """The fastest schedule that fits for a canvas, and the smaller ones behind it."""
+        """The fastest schedule that fits for a canvas, and the smaller ones behind it.
+
+        With pictures in files the leanest of those that are nearly as fast: their memory is to
+        grow with the side of a picture, whatever a machine has.
+        """
         work = self._workload(canvas, strip)
-        memory = self.memory_bytes or memory_budget(self.model)
-        first = small_plan(work, memory)
-        return Adaptive(lambda: plans(work), memory, first=first, host_bytes=waiting_bytes())
+        memory, ram = self.memory_bytes or memory_budget(self.model), waiting_bytes()
+        if work.scratch:
+            found = plans(work)
+            return Adaptive(found, memory, first=lean_plan(found, memory, ram), host_bytes=ram)
+        return Adaptive(lambda: plans(work), memory, first=small_plan(work, memory), host_bytes=ram)
+
+    def require_scratch(self, size: tuple[int, int]) -> None:
+        """Refuse a (height, width) whose pictures do not fit the disk, or that cannot be in files.
+
+        Raises:
+            InfDiTError: says what is needed.
+        """
+        if self.scratch is None:
+            return
+        if self.reuse_layers:
+            raise PlanError(
+                "expected no reuse of layers with pictures in scratch files: it keeps the tokens of"
+                " the whole picture in memory"
+            )
+        block, solver = self.block_px, cast("Preset", self.preset).solver
+        height, width = (math.ceil(side / block) * block for side in size)
+        pictures = 1 + SOLVER_PICTURES[solver] + 2 * STATE_PICTURES[solver]
+        needed = (pictures + 3 / LR_SCALE**2) * 3 * 4 * height * width
+        self.scratch.require(needed, f"{size[1]}×{size[0]} px")
+
+    def _state(self, canvas: Canvas, sigmas: Tensor) -> State | None:
+        """What the sampling of a canvas leaves, where pictures are in files."""
+        if self.scratch is None:
+            return None
+        if self._digest is None:
+            self._digest = digest(self.model.state_dict())
+        weight = self.model.final.linear.weight
+        given = {"source": canvas.source}
+        if canvas.vector is not None:
+            given["vector"] = canvas.vector
+        about = {
+            "model": self._digest,
+            "picture": digest(given),
+            "size": [canvas.height, canvas.width],
+            "seed": self.seed,
+            "solver": cast("Preset", self.preset).solver,
+            "sigmas": sigmas.tolist(),
+            "dtype": str(weight.dtype),
+            "device": weight.device.type,
+        }
+        return self.scratch.state(about)
+
+    _digest: str | None = field(default=None, init=False, repr=False)
 
     def _workload(self, canvas: Canvas, strip: Strip | None = None) -> Workload:
         weight = self.model.final.linear.weight
         batch, _, height, width = canvas.concat.shape
         config, kind = self.model.config, weight.device.type
         work = Workload(config, height, width, weight.dtype, batch, kind)
-        columns = None if strip is None else strip.own_grid.by_columns
-        return replace(work, residual=self.reuse_layers > 0, strip_of_columns=columns)
+        solver = SOLVER_PICTURES[cast("Preset", self.preset).solver]
+        return replace(
+            work,
+            pictures=1 + solver,
+            scratch=self.scratch is not None,
+            residual=self.reuse_layers > 0,
+            strip_of_columns=None if strip is None else strip.own_grid.by_columns,
+        )
 
 
 @torch.no_grad()
-def with_prior(canvas: Canvas, model: InfDiT, device: torch.device, dtype: torch.dtype) -> Canvas:
+def with_prior(
+    canvas: Canvas,
+    model: InfDiT,
+    device: torch.device,
+    dtype: torch.dtype,
+    empty: Empty = in_memory,
+) -> Canvas:
     """The canvas with the picture of the model's prior, if it has one, as `concat`.
 
-    A prior makes a picture four times as large. For a smaller factor its picture is made from all
-    pixels of the source, and then reduced.
+    That is written over, and not made anew. A prior makes a picture four times as large. For a
+    smaller factor its picture is made from all pixels of the source, and then reduced.
 
     Args:
         device, dtype: of the computation; the pictures stay where they are.
+        empty: makes room for pictures on the way.
     """
     if model.prior is None or canvas.scale <= 1:
         return canvas
+    concat = canvas.concat
     if canvas.scale > LR_SCALE * 0.99:
-        return replace(canvas, concat=canvas.concat + model.prior.bands(canvas.lr, device, dtype))
-    source, reach = canvas.source_pixels(model.prior.reach)
-    large = interpolate(source) + model.prior.bands(source, device, dtype)
-    around = tuple(LR_SCALE * pixels for pixels in reach)
+        model.prior.add_to(concat, canvas.lr, device, dtype)
+        return canvas
+    source, margin = canvas.source_pixels(model.prior.reach, empty)
+    if is_whole(concat):
+        large = interpolate(source)
+    else:
+        sides = (LR_SCALE * side for side in source.shape[-2:])
+        large = empty((*source.shape[:2], *sides), source.device)
+        resize_into(large, source, lambda band: band.clamp_(-1, 1))
+    model.prior.add_to(large, source, device, dtype)
+    around = tuple(LR_SCALE * pixels for pixels in margin)
     large = large[..., around[0] : large.shape[-2] - around[0], around[1] :]
     large = large[..., : large.shape[-1] - around[1]]
-    size = canvas.height, canvas.width
-    rows = slice(canvas.top, canvas.top + size[0])
-    columns = slice(canvas.left, canvas.left + size[1])
-    concat = canvas.concat.clone()  # what is padded needs no prior
-    concat[..., rows, columns] = F.interpolate(large, size, mode="bicubic", antialias=True)
-    return replace(canvas, concat=canvas.wrap(concat) if canvas.wrap else concat)
+    target = canvas.crop(concat)  # what is padded needs no prior
+    if is_whole(concat):
+        target.copy_(enlarge(large, (canvas.height, canvas.width)))
+    else:
+        resize_into(target, large)
+    return replace(canvas, concat=canvas.wrap(concat)) if canvas.wrap else canvas
 
 
 def upscale(
@@ -230,7 +325,7 @@ def upscale(
 
     Raises:
         InfDiTError: the picture, the size or a setting cannot be worked with; or the result does
-            not fit the RAM, which is known before anything is drawn.
+            not fit the RAM or the disk, which is known before anything is drawn.
     """
     if draw is None:
         if model is None:
@@ -248,19 +343,25 @@ def upscale(
         check_start(start, len(image), size)
     if mask is not None:
         mask = check_mask(mask, len(image), size)
-    require_memory(size, draw.device, results=len(image))
+    empty = in_memory
+    if isinstance(draw, Sampler) and draw.scratch is not None:
+        _check_scratch(image, start, wrap, mask)
+        draw.require_scratch(size)
+        empty = draw.empty
+    else:
+        require_memory(size, draw.device, results=len(image))
     passes = pass_sizes(source_size, size)
     results = []
     for i, source in enumerate(image.split(1)):
         picture = kept = source = fill_invisible(source, wrap)
         for n, pass_size in enumerate(passes, 1):
-            canvas = draw.prepare(lay_out(picture, pass_size, draw.block_px, wrap))
+            canvas = draw.prepare(lay_out(picture, pass_size, draw.block_px, wrap, empty))
             canvas.vector = None if vectors is None else vectors[i : i + 1]
             if start is not None and n == len(passes):
                 first = fill_invisible(start[i % len(start)][None], wrap)
                 canvas.start = lay_out(first, size, draw.block_px, wrap).concat
             if mask is None:
-                x = canvas.consistent(draw(canvas), times)
+                x = canvas.consistent(draw(canvas), times, empty)
             else:
                 laid = lay_mask(mask[i % len(mask)][None], canvas)
                 if start is None:  # what is black is enlarged as if nothing had been drawn
@@ -271,13 +372,33 @@ def upscale(
                     if n < len(passes):
                         kept = plain.finish(plain.concat)
                 x = _drawn_where(laid, canvas, draw, times)
-            picture = canvas.finish(x)
-        fixed = fix_colours(picture, source, colour_fix)
+            picture = canvas.finish(x, empty)
+            del canvas, x  # they would live beside what follows
+        fixed = fix_colours(picture, source, colour_fix, empty)
         if mask is not None and colour_fix != "none":
             weight = resize_mask(mask[i % len(mask)][None], size).movedim(1, -1)
             fixed = torch.lerp(picture, fixed, weight.expand_as(fixed))
         results.append(fixed)
-    return torch.cat(results)
+    return torch.cat(results) if len(results) > 1 else results[0]
+
+
+def _check_scratch(image: Tensor, start: Tensor | None, wrap: str, mask: Tensor | None) -> None:
+    """Refuse what is not made in bands.
+
+    Raises:
+        PlanError: says what.
+    """
+    refused = {
+        f"{len(image)} pictures at a time": len(image) > 1,
+        "alpha": image.shape[-1] == 4,
+        "a picture to start from": start is not None,
+        f"wrap {wrap}": wrap != "none",
+        "a mask": mask is not None,
+    }
+    if found := [name for name, there in refused.items() if there]:
+        raise PlanError(
+            f"{' and '.join(found)}: expected none of that with pictures in scratch files"
+        )
 
 
 def _drawn_where(mask: Tensor, canvas: Canvas, draw: Draw, consistency: int) -> Tensor:

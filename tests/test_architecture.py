@@ -15,16 +15,23 @@ MAY_IMPORT = {
     "infdit_core.errors": set(),
     "infdit_core.edm": set(),
     "infdit_core.whole_files": set(),
+    "infdit_core.bands": set(),
+    "infdit_core.resume": {"whole_files"},
+    "infdit_core.scratch": {"resume", "errors"},
     "infdit_core.blocks": {"errors"},
-    "infdit_core.network": {"blocks", "edm", "errors"},
-    "infdit_core.sampling": {"blocks", "network", "edm", "errors"},
+    "infdit_core.network": {"blocks", "bands", "edm", "errors"},
+    "infdit_core.sampling": {"blocks", "bands", "network", "resume", "scratch", "edm", "errors"},
     "infdit_core.memory": {"blocks", "network", "errors"},
     "infdit_core.checkpoints": {"network", "whole_files", "errors"},
     "infdit_core.dimr": {"checkpoints", "memory", "errors"},
-    "infdit_core.pictures": {"network", "memory", "whole_files", "errors"},
+    "infdit_core.pictures": {
+        *("network", "memory", "bands", "scratch", "whole_files", "errors"),
+    },
     "infdit_core.clip": {"checkpoints", "errors"},
-    "infdit_core.distributed": {"upscale", "pictures", "network", "blocks", "errors"},
-    "infdit_core.upscale": {"sampling", "pictures", "memory", "network", "blocks", "errors"},
+    "infdit_core.distributed": {"upscale", "sampling", "pictures", "network", "blocks", "errors"},
+    "infdit_core.upscale": {
+        *("sampling", "pictures", "memory", "network", "blocks", "resume", "scratch", "errors"),
+    },
 }
 """Rooms of the engine beside their own; `cli`, `__init__` and `__main__` may import all."""
 FOREIGN = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "server", "nodes", "execution"}

@@ -219,13 +219,16 @@ def frontier_blocks(grid: Grid, chunk: Chunk) -> tuple[int, int]:
     return line, chunk.rows if chunk.columns < grid.line_blocks else 0
 
 
-def candidates(grid: Grid, best: float, *, host: bool, alone: bool) -> Iterator[Schedule]:
+def candidates(
+    grid: Grid, best: float, *, host: bool, alone: bool, pictures: bool = True
+) -> Iterator[Schedule]:
     """The schedules worth considering for a picture.
 
     Args:
         best: blocks of a chunk that run fastest; larger chunks take more memory and more time.
         host: whether the host's memory is another than the device's, so that things can wait there.
         alone: whether the solver's pictures and the network's weights may wait there too.
+        pictures: whether there are pictures in memory that could.
     """
     longer, shorter = grid.lines, grid.line_blocks
     lengths = [n * shorter for n in _halvings(longer)]
@@ -238,11 +241,11 @@ def candidates(grid: Grid, best: float, *, host: bool, alone: bool) -> Iterator[
         yield Full()
     others = host and alone
     for order, on_host in orders:
-        for keep_lr, waits, pictures, weights in product(
-            (True, False), _choices(host), _choices(others), _choices(others)
+        for keep_lr, waits, away, weights in product(
+            (True, False), _choices(host), _choices(others and pictures), _choices(others)
         ):
             places = {on_host: waits, "keep_lr": keep_lr, "stream_weights": weights}
-            yield replace(order, **places, pictures_device="cpu" if pictures else None)
+            yield replace(order, **places, pictures_device="cpu" if away else None)
 
 
 def _choices(free: bool) -> tuple[bool, ...]:

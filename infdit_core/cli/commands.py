@@ -25,7 +25,7 @@ from ..dimr import load as dimr
 from ..distributed import LocalStripSampler, StripSampler
 from ..memory.adaptive import is_out_of_memory, memory_budget
 from ..memory.host import gigabytes, require_memory, waiting_bytes
-from ..memory.planner import Workload, evaluation_flop, plans
+from ..memory.planner import Workload, evaluation_flop, lean_plan, plans
 from ..network.config import DTYPES
 from ..network.model import InfDiT
 from ..pictures.alpha import fill_invisible
@@ -90,7 +90,8 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     @cache  # asked twice for each picture, it says once that one would shrink
     def result_size(source: Size) -> Size:
         size = target_size(source, args.scale, args.size)
-        require_memory(size, device)
+        if args.scratch is None:
+            require_memory(size, device)
         return size
 
     if not jobs.single:  # what none of them could do is said once
@@ -120,7 +121,7 @@ def read_picture(
     source: Path, target: Path, result_size: Callable[[Size], Size], args: argparse.Namespace
 ) -> Job:
     """A picture that can be worked on."""
-    image, info = read_image(source)
+    image, info = read_image(source, args.scratch and args.scratch.empty)
     size = result_size((image.shape[1], image.shape[2]))
     info = check_result(target, image, size, args.bit_depth, info)
     start = None
@@ -179,6 +180,8 @@ class Upscaler:
             overwrite=self.args.overwrite,
             pyramid=self.args.pyramid,
         )
+        if self.args.scratch is not None:
+            self.args.scratch.forget()
         if self.args.ranks:
             self.args.ranks.finish(target)
 
@@ -205,6 +208,7 @@ class Upscaler:
                 args.reuse_layers or 0,
                 progress.step,
                 progress.cells,
+                args.scratch,
             )
             if isinstance(draw, LocalStripSampler):
                 draw.others = self.others
@@ -348,10 +352,14 @@ def plan_table(args: argparse.Namespace) -> int:
         config = read_config(checkpoint)
     height, width = args.size[1], args.size[0]
     dtype = DTYPES[args.dtype]
-    found = plans(Workload(config, height, width, dtype, device=args.device))
+    work = Workload(config, height, width, dtype, device=args.device, scratch=args.scratch)
+    found = plans(work)
     ram = waiting_bytes() if args.ram is None else args.ram
     allowed = [p for p in found if p.host_bytes <= ram]
-    chosen = next((p for p in allowed if args.memory is None or p.peak_bytes <= args.memory), None)
+    memory = math.inf if args.memory is None else args.memory
+    chosen = next((p for p in allowed if p.peak_bytes <= memory), None)
+    if args.scratch:
+        chosen = lean_plan(found, memory, ram)
     petaflop = evaluation_flop(config, height, width) / 1e15
     say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
     column = max(len(str(p.schedule)) for p in found)

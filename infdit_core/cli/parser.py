@@ -15,6 +15,7 @@ from ..network.config import DTYPES
 from ..pictures.colour_fix import COLOUR_FIXES
 from ..pictures.wrap import WRAPS
 from ..sampling import AUTO, PRESETS, SOLVERS
+from ..scratch import Scratch, ScratchError
 from .commands import convert_file, inspect, plan_table, upscale_files
 from .generate import generate_files
 
@@ -207,6 +208,14 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         " limit on the CPU)",
     )
     machine.add_argument(
+        "--scratch",
+        type=_scratch,
+        metavar="DIR",
+        help="keep pictures in files of this folder, on a fast disk: memory then grows with the"
+        " side of a result and no more with its area; and what each step leaves, from which the"
+        " same command goes on after the run was killed",
+    )
+    machine.add_argument(
         "--compile",
         action="store_true",
         help="compile the layers first: about a minute, and faster for large pictures on a GPU",
@@ -337,6 +346,9 @@ def _add_plan(commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram", type=_bytes, help="what may wait in RAM, as 32GB; default: what is free here"
     )
+    parser.add_argument(
+        "--scratch", action="store_true", help="with pictures in files, as upscale --scratch DIR"
+    )
     parser.add_argument("--model", type=Path, default=_BUNDLED_MODEL, help="a model file")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -348,6 +360,13 @@ def _bytes(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected an amount of memory such as 8GB, got {text!r}")
     unit = {"mb": 1e6, "mib": 2**20, "gib": 2**30}.get((match[2] or "GB").lower(), 1e9)
     return float(match[1]) * unit
+
+
+def _scratch(text: str) -> Scratch:
+    try:
+        return Scratch(text)
+    except ScratchError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _size(text: str) -> tuple[int, int]:

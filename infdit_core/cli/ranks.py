@@ -111,6 +111,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse options that do not go with several processes, and GPUs that are not there."""
     if args.schedule == "block-major":
         raise UsageError("--gpus goes with --schedule auto, full or layer-major")
+    if args.scratch is not None:
+        raise UsageError("--gpus goes without --scratch")
     if args.device not in (None, "cpu", "cuda"):
         raise UsageError(f"--gpus goes with --device cuda or cpu, got {args.device}")
     if args.device != "cpu" and args.gpus > (found := torch.cuda.device_count()):

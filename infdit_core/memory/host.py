@@ -14,12 +14,12 @@ import torch
 
 from ..errors import InfDiTError
 
-SAMPLER_PICTURES = 8
-"""Float32 pictures of (3, H, W) that a solver keeps beside the network's own result: the picture,
-its condition, the noise, the denoised picture, two derivatives, the next picture, one temporary."""
+SAMPLER_PICTURES = 6
+"""Float32 pictures of (3, H, W) while one is drawn, at most: the condition, the noisy picture, the
+denoised one that the network writes, and three derivatives, which only one solver keeps."""
 _PICTURE_BYTES_PER_PX = 3 * 4
 _PREPARED_PICTURES = 3
-"""On the host whatever the device: the prepared picture, the noise and the samples."""
+"""On the host whatever the device: the prepared picture, the samples and the result."""
 _WAITING_SHARE = 0.9
 """Of the free RAM that may be taken by what waits there; swap would cost more than it gives."""
 
@@ -53,8 +53,10 @@ def require_memory(
         PlanError: more is needed than there is.
     """
     on_cpu = torch.device(device).type == "cpu"
-    working = 1 + SAMPLER_PICTURES if on_cpu else _PREPARED_PICTURES
-    needed = math.prod(size) * _PICTURE_BYTES_PER_PX * (results + at_once * working)
+    working = SAMPLER_PICTURES if on_cpu else _PREPARED_PICTURES
+    # the result of what is drawn comes when the solver's pictures are gone
+    pictures = results - 1 + at_once * working
+    needed = math.prod(size) * _PICTURE_BYTES_PER_PX * pictures
     many = f"{results} pictures of " if results > 1 else ""
     what = f"{many}{size[1]}×{size[0]} px"
     require_bytes(needed, what, "a smaller result or fewer pictures at a time")

@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside the context make, until they are freed."""
+    """Counts the storages that operations inside the context make, until they are freed.
+
+    Not those that are files, whose pages are the system's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,6 +27,8 @@ class LiveBytes(TorchDispatchMode):
         # storages on the meta device have no address: the object itself is their identity
         inputs = {id(s) for s in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.from_file.default:
+            return out
         for storage in _storages(out):
             if id(storage) not in inputs and id(storage) not in self._counted:
                 self._add(storage)

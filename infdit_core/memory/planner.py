@@ -8,6 +8,7 @@ is kept between chunks (tokens, frontiers) is the schedule's own word, its `Resi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -39,6 +40,8 @@ _HOST_TOKENS_COST = 0.2
 _HOST_PICTURES_COST = 0.1
 _HOST_WEIGHTS_COST = 0.1
 """Guesses: moving pictures between device and host; computing the modulations there."""
+_FAST_COST = 1.1
+"""A plan is fast if it takes at most this much more time than the fastest that fits."""
 _TOKEN_TENSORS, _PRIOR_TENSORS = 100, 10
 """More tensors than are ever alive, of the tokens of a picture and of the features of a prior."""
 _LINES_BETWEEN = 5
@@ -65,8 +68,10 @@ class Workload:
     weights: bool = True
     """Whether the network's weights must fit into the same memory, or may wait in the host's. Not
     where another program keeps them, and the solver's pictures."""
-    pictures: bool = True
-    """Whether the solver's pictures must."""
+    pictures: int = SAMPLER_PICTURES
+    """How many of a solver must, with the condition and the network's result."""
+    scratch: bool = False
+    """Whether they are in files, which take neither memory, and so is the LR picture."""
     residual: bool = False
     """Whether a `ResidualCache` is used."""
     strip_of_columns: bool | None = None
@@ -91,9 +96,9 @@ class Workload:
 
     @property
     def picture_bytes(self) -> int:
-        """Of the solver's pictures and the network's result, float32."""
+        """Of the solver's pictures in memory, float32."""
         pixels = self.grid.blocks * self.config.block_px**2
-        return (1 + SAMPLER_PICTURES) * self.batch * 3 * pixels * 4
+        return 0 if self.scratch else self.pictures * self.batch * 3 * pixels * 4
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,11 @@ def plans(work: Workload) -> tuple[Plan, ...]:
     None of them is at once no faster and no leaner than another.
     """
     found = candidates(
-        work.grid, work.best_blocks, host=work.device not in _UNIFIED, alone=work.weights
+        work.grid,
+        work.best_blocks,
+        host=work.device not in _UNIFIED,
+        alone=work.weights,
+        pictures=work.picture_bytes > 0,
     )
     made = [Plan(s, peak_bytes(work, s), host_bytes(work, s), _cost(work, s)) for s in found]
     made.sort(key=lambda p: (round(p.cost, 2), p.peak_bytes, p.host_bytes))
@@ -182,6 +191,13 @@ def plans(work: Workload) -> tuple[Plan, ...]:
         if all(p.peak_bytes < q.peak_bytes or p.host_bytes < q.host_bytes for q in useful):
             useful.append(p)
     return tuple(useful)
+
+
+def lean_plan(found: Sequence[Plan], memory_bytes: float, host_bytes: float) -> Plan | None:
+    """Of plans that fit, and hardly take more time than the fastest, the leanest; None if none."""
+    fitting = [p for p in found if p.peak_bytes <= memory_bytes and p.host_bytes <= host_bytes]
+    fast = [p for p in fitting if p.cost <= _FAST_COST * fitting[0].cost]
+    return min(fast, key=lambda p: p.peak_bytes + p.host_bytes, default=None)
 
 
 def small_plan(work: Workload, memory_bytes: float) -> Plan | None:
@@ -203,9 +219,9 @@ def small_plan(work: Workload, memory_bytes: float) -> Plan | None:
 
 def peak_bytes(work: Workload, schedule: Schedule) -> int:
     """Bytes alive on the device at the peak: of sampling, or of the prior before it."""
-    total = evaluation_bytes(work, schedule) + _lr_bytes(work, kept=schedule.keep_lr)
+    total = evaluation_bytes(work, schedule) + _lr_bytes(work, schedule)
     total = max(total, prior_bytes(work))
-    if work.pictures and schedule.pictures_device is None:
+    if schedule.pictures_device is None:
         total += work.picture_bytes
     if work.residual and not schedule.on_host:
         total += work.grid.blocks * work.block_bytes
@@ -285,11 +301,12 @@ def _cost(work: Workload, schedule: Schedule) -> float:
     return cost
 
 
-def _lr_bytes(work: Workload, *, kept: bool) -> int:
+def _lr_bytes(work: Workload, schedule: Schedule) -> int:
     """The LR picture, and its keys and values with their border if they are kept."""
-    config, grid = work.config, work.grid
-    total = work.batch * 3 * grid.blocks * (config.block_px // LR_SCALE) ** 2 * 4
-    if kept:
+    config, grid, total = work.config, work.grid, 0
+    if not (work.scratch or schedule.pictures_device is not None):
+        total += work.batch * 3 * grid.blocks * (config.block_px // LR_SCALE) ** 2 * 4
+    if schedule.keep_lr:
         tokens = math.prod((n + 2) * config.lr_block for n in (grid.rows, grid.columns))
         total += work.batch * 2 * tokens * config.hidden_size * work.dtype.itemsize
     return total
@@ -305,11 +322,12 @@ def _chunk_bytes(
     net.requires_grad_(False)
     h, w = rows * config.block_px, columns * config.block_px
     x, sigma = torch.empty(batch, 3, h, w, device="meta"), torch.ones(batch, device="meta")
+    c_in = sigma[:, None, None, None]
     vector = torch.empty(batch, config.vector_size, device="meta") if config.vector_size else None
     cond = Condition(x, x.new_empty(batch, 3, h // LR_SCALE, w // LR_SCALE), vector)
     run, schedule = Run(), LayerMajor(rows * columns, keep_lr=keep_lr)
     with LiveBytes() as live:
-        result = net(x, sigma, cond, schedule, run=run, dtype=dtype)
+        result = net(x, sigma, cond, schedule, run=run, dtype=dtype, c_in=c_in)
     # counted with the pictures, and with the LR picture
     return live.peak - result.nbytes - (run.lr_kv.nbytes if run.lr_kv is not None else 0)
 

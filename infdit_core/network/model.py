@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..bands import row_bands
 from ..blocks.grid import Chunk, Frontier, Grid, Strip
 from ..blocks.schedules import Full, Schedule
 from ..edm import SIGMA_DATA, preconditioning
@@ -90,13 +91,15 @@ class InfDiT(nn.Module):
         run: Run | None = None,
         dtype: torch.dtype | None = None,
         strip: Strip | None = None,
+        c_in: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The raw network F.
 
         Args:
             x: (B, 3, H, W) the noisy picture times c_in; with a prior, what it adds to the prior's
-                picture. It and `cond.concat` may lie on another device than sigma: they are copied
-                chunk by chunk.
+                picture. With `c_in` the noisy picture itself. It and `cond.concat` may lie on
+                another device than sigma: they are copied chunk by chunk.
             sigma: (B,) noise levels, on the device of the computation.
             cond: the condition; `cond.concat` is scaled here.
             schedule: the order of computation; `Full()` if None. The result does not depend on it.
@@ -104,9 +107,11 @@ class InfDiT(nn.Module):
             dtype: of the computation; that of x if None.
             strip: of a picture that others compute the rest of; x and `cond.concat` are of the
                 strip then, `cond.lr` and `cond.origin` of the whole picture.
+            c_in: (B, 1, 1, 1) makes of each chunk of the noisy picture what the network takes.
+            out: (B, 3, H, W) where the result is written; made if None.
 
         Returns:
-            (B, 3, H, W) in the dtype and on the device of x.
+            (B, 3, H, W) in the dtype and on the device of x, or `out`.
 
         Raises:
             InfDiTError: a shape does not fit.
@@ -120,7 +125,8 @@ class InfDiT(nn.Module):
         concat_scale = self._concat_scale(sigma)
         modulations, final = self.modulate(sigma, cond.vector, dtype)
         rotary = self.rotary(grid, _origin(self.config, cond, strip), device)
-        lr_kv = self._lr_kv_of(cond.lr.to(device, dtype), run, schedule, grid, strip)
+        c_in = None if c_in is None else c_in.to(device)
+        lr_kv = self._lr_kv_of(cond.lr, concat_scale.to(dtype), run, schedule, grid, strip)
         num_layers = len(self.layers)
         if run.cache is not None:
             blocks = x.shape[0], grid.rows, grid.columns
@@ -130,7 +136,7 @@ class InfDiT(nn.Module):
             )
 
         cells = schedule.cells(grid, num_layers)
-        result = torch.empty_like(x)
+        result = torch.empty_like(x) if out is None else out
         with (
             schedule.tokens(device, cells, run.host) as waiting,
             schedule.lines(device, grid, cells, run.host) as lines,
@@ -139,7 +145,7 @@ class InfDiT(nn.Module):
             frontiers = [Frontier(grid, lines, n, link) for n in range(num_layers)]
             for done, (n, chunk) in enumerate(cells, 1):
                 if n == 0:
-                    tokens = self.embed(x, cond.concat, concat_scale, chunk, dtype)
+                    tokens = self.embed(x, cond.concat, concat_scale, chunk, dtype, c_in)
                 else:
                     tokens = waiting.pop(chunk)
                 # (B, r, c, T, hidden) all the way
@@ -167,31 +173,43 @@ class InfDiT(nn.Module):
         *,
         run: Run | None = None,
         strip: Strip | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
 
         With a prior, `cond.concat` is its picture P, and what is denoised is what x adds to it:
         D(x) = P + c_skip · (x - P) + c_out · F(c_in · (x - P)). The network runs in the dtype of
-        its parameters, preconditioning in that of x.
+        its parameters, preconditioning in that of x, chunk by chunk and band by band.
+
+        Args:
+            out: (B, 3, H, W) where D is written, like x; made if None.
         """
         weight = self.final.linear.weight
         sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         factors = preconditioning(sigmas, self.config.sigma_data)
         c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in factors)
-        base = None if self.prior is None else cond.concat.to(x)
-        if base is not None:
-            x = x - base
-        raw = self(
-            x * c_in,
-            sigmas.to(weight.device),
+        if out is None:
+            out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, sigmas.dtype))
+        at_weights = sigmas.to(weight.device)
+        self(
+            x,
+            at_weights,
             cond,
             schedule,
             run=run,
             dtype=weight.dtype,
             strip=strip,
+            c_in=c_in,
+            out=out,
         )
-        denoised = c_out * raw + c_skip * x
-        return denoised if base is None else base + denoised
+        for rows in row_bands(x.shape[-2], x[..., 0, :].numel()):
+            raw, seen = out[..., rows, :], x[..., rows, :]
+            if self.prior is None:
+                out[..., rows, :] = c_out * raw + c_skip * seen
+            else:
+                base = cond.concat[..., rows, :].to(x)
+                out[..., rows, :] = base + (c_out * raw + c_skip * (seen - base))
+        return out
 
     def _concat_scale(self, sigma: Tensor) -> Tensor:
         """(B, 1, 1, 1) what `cond.concat` is multiplied by beside a picture times c_in.
@@ -251,11 +269,19 @@ class InfDiT(nn.Module):
         return Rotary(factors(grid.rows, origin[0]), factors(grid.columns, origin[1]))
 
     def embed(
-        self, x: Tensor, concat: Tensor, concat_scale: Tensor, chunk: Chunk, dtype: torch.dtype
+        self,
+        x: Tensor,
+        concat: Tensor,
+        concat_scale: Tensor,
+        chunk: Chunk,
+        dtype: torch.dtype,
+        c_in: Tensor | None = None,
     ) -> Tensor:
-        """Tokens (B, r, c, T, hidden) of a chunk; x, concat (B, 3, H, W), scale (B, 1, 1, 1)."""
+        """Tokens (B, r, c, T, hidden) of a chunk; x, concat (B, 3, H, W), factors (B, 1, 1, 1)."""
         rows, columns = chunk.scaled(self.config.block_px)
         x, c = (p[..., rows, columns].to(concat_scale.device) for p in (x, concat))
+        if c_in is not None:
+            x = (x if self.prior is None else x - c.to(x)) * c_in
         tokens = self.patch_embed(torch.cat([x, c * concat_scale], dim=1).to(dtype))
         # (B, hidden, patch rows, patch columns)
         return rearrange(
@@ -296,16 +322,21 @@ class InfDiT(nn.Module):
         )
 
     def lr_keys_values(
-        self, lr: Tensor, chunk: Chunk | None = None, pieces: Iterable[Chunk] | None = None
+        self,
+        lr: Tensor,
+        chunk: Chunk | None = None,
+        pieces: Iterable[Chunk] | None = None,
+        like: Tensor | None = None,
     ) -> Tensor:
         """Keys and values of the LR picture: they depend on nothing else, so make them once.
 
         Outside the picture tokens are zero, so keys and values there are those of the biases.
 
         Args:
-            lr: (B, 3, H/4, W/4) in the dtype of the computation.
+            lr: (B, 3, H/4, W/4), on any device.
             chunk: only what the blocks of this chunk see; everything if None.
             pieces: chunks that they are made in, which cover the picture; all at once if None.
+            like: a tensor in the dtype and on the device of the computation; lr if None.
 
         Returns:
             (2, B, y, x, A, d): the LR tokens of these blocks and of one block around them.
@@ -314,32 +345,47 @@ class InfDiT(nn.Module):
         px = self.config.block_px // LR_SCALE
         grid = Grid(lr.shape[-2] // px, lr.shape[-1] // px)
         halo = (chunk or grid.whole).grown(1)
-        outside = self.cross_attention.keys_values(lr.new_zeros(1, 1, 1, self.config.hidden_size))
+        like = lr if like is None else like
+        zeros = like.new_zeros(1, 1, 1, self.config.hidden_size)
+        outside = self.cross_attention.keys_values(zeros)
         # (2, 1, 1, 1, A, d)
         area = len(lr), halo.rows * side, halo.columns * side
         made = outside.expand(2, *area, *outside.shape[-2:]).contiguous()
         for piece in pieces or [halo.within(grid.whole)]:
             rows, columns = piece.scaled(px)
-            tokens = rearrange(self.lr_embed(lr[..., rows, columns]), "b h y x -> b y x h")
+            seen = lr[..., rows, columns].to(like)
+            tokens = rearrange(self.lr_embed(seen), "b h y x -> b y x h")
             rows, columns = piece.seen_from(halo).scaled(side)
             made[:, :, rows, columns] = self.cross_attention.keys_values(tokens.contiguous())
             del tokens  # it would live into the next turn
         return made
 
     def _lr_kv_of(
-        self, lr: Tensor, run: Run, schedule: Schedule, grid: Grid, strip: Strip | None
+        self,
+        lr: Tensor,
+        like: Tensor,
+        run: Run,
+        schedule: Schedule,
+        grid: Grid,
+        strip: Strip | None,
     ) -> Callable[[Chunk], Tensor]:
-        """What gives the LR keys and values that the blocks of a chunk see."""
+        """What gives the LR keys and values that the blocks of a chunk see.
+
+        Args:
+            like: in the dtype and on the device of the computation, which lr comes to in pieces.
+        """
         place = grid.whole if strip is None else strip.chunk
         if not schedule.keep_lr:
             run.lr_kv = None
-            return lambda chunk: self.lr_keys_values(lr, chunk.moved(place.top, place.left))
+            return lambda chunk: self.lr_keys_values(
+                lr, chunk.moved(place.top, place.left), like=like
+            )
         if run.lr_kv is None or run.lr_kv.shape[1] != len(lr):
             run.lr_kv = None  # lets it go before the next ones come
             pieces = [chunk.moved(place.top, place.left) for chunk in schedule.chunks(grid)]
             if strip is not None:  # and what it sees of its neighbours
                 pieces += strip.beside()
-            run.lr_kv = self.lr_keys_values(lr, place, pieces)
+            run.lr_kv = self.lr_keys_values(lr, place, pieces, like=like)
         kept, halo, side = run.lr_kv, grid.whole.grown(1), self.config.lr_block
 
         def around(chunk: Chunk) -> Tensor:

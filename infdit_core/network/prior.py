@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .config import LR_SCALE
 
 BAND_PX = 2**18
-"""LR pixels that `Prior.bands` takes at a time, besides the rows around them."""
+"""LR pixels that `Prior.add_to` takes at a time, besides the rows around them."""
 
 
 class Residual(nn.Module):
@@ -69,28 +69,32 @@ class Prior(nn.Module):
             x = pair(x)
         return F.pixel_shuffle(self.tail(x + first), LR_SCALE)
 
-    def bands(
-        self, lr: Tensor, device: torch.device | str, dtype: torch.dtype, band_px: int = BAND_PX
+    def add_to(
+        self,
+        picture: Tensor,
+        lr: Tensor,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        band_px: int = BAND_PX,
     ) -> Tensor:
-        """The correction (B, 3, 4h, 4w) in float32 where lr is, computed in bands of rows.
+        """Add the correction to a picture (B, 3, 4h, 4w), in bands of rows; returns the picture.
 
         Args:
+            picture: on the device of lr, and changed.
             lr: (B, 3, h, w), on any device.
             device, dtype: of the computation.
             band_px: LR pixels of a band.
         """
-        b, c, h, w = lr.shape
-        result = torch.empty(
-            b, c, LR_SCALE * h, LR_SCALE * w, dtype=torch.float32, device=lr.device
-        )
-        rows = max(1, band_px // (b * w))
-        for top in range(0, h, rows):
-            bottom = min(top + rows, h)
+        height, width = lr.shape[-2:]
+        rows = max(1, band_px // (len(lr) * width))
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
             first = max(0, top - self.reach)
             band = lr[:, :, first : bottom + self.reach].to(device, dtype)
             inside = slice(LR_SCALE * (top - first), LR_SCALE * (bottom - first))
-            result[:, :, LR_SCALE * top : LR_SCALE * bottom] = self(band)[:, :, inside]
-        return result
+            correction = self(band)[:, :, inside]
+            picture[:, :, LR_SCALE * top : LR_SCALE * bottom] += correction.to(picture)
+        return picture
 
 
 def interpolate(lr: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..bands import row_bands
 from ..errors import InfDiTError
+from ..scratch import Empty, in_memory
 from .alpha import fill_invisible
+from .prepare import is_whole
+from .resize import enlarge, resize_into
 
 COLOUR_FIXES = ("none", "wavelet", "adain", "lab")
 """wavelet: swaps what is coarser than about 32 px. adain: mean and deviation of red, green and
@@ -34,13 +37,14 @@ _MAX_GAIN = 2.0
 """Contrast is not raised by more: a result that lacks so much has another fault."""
 
 
-def fix_colours(image: Tensor, source: Tensor, method: str) -> Tensor:
+def fix_colours(image: Tensor, source: Tensor, method: str, empty: Empty = in_memory) -> Tensor:
     """A result with its source's colours. Neither tensor is changed.
 
     Args:
         image: (B, H, W, 3 or 4) in 0..1, the result; alpha comes back as it is.
         source: (B, h, w, 1, 3 or 4) in 0..1, the picture it was made from, of any size.
         method: one of `COLOUR_FIXES`.
+        empty: makes room for pictures.
 
     Returns:
         (B, H, W, 3 or 4) float32 in 0..1. Beside it, the work takes one picture of three channels
@@ -55,25 +59,28 @@ def fix_colours(image: Tensor, source: Tensor, method: str) -> Tensor:
         )
     if method == "none":
         return image
-    fixed = image.float().clone()
+    fixed = empty(image.shape, image.device)
+    fixed[..., 3:] = image[..., 3:]
     for picture, result, wanted in zip(fixed, image.float(), source, strict=True):
         seen, wanted = (fill_invisible(x[None])[0].movedim(-1, 0) for x in (result, wanted))
         colours = seen[:3]
-        reference = wanted[:3].to(colours).clamp(0, 1).expand(3, -1, -1)
+        reference = empty((3, *wanted.shape[1:]), colours.device)
+        for rows in _strips(reference):
+            reference[:, rows] = wanted[:3, rows].to(colours).clamp(0, 1)
         strips = (
-            _wavelet(colours, reference)
+            _wavelet(colours, reference, empty)
             if method == "wavelet"
-            else _statistics(colours, reference, wanted[3:].to(colours), *_SPACES[method])
+            else _statistics(colours, reference, wanted[3:].to(colours), *_SPACES[method], empty)
         )
         for rows, strip in strips:
             picture[rows, :, :3] = strip.clamp(0, 1).movedim(0, -1)
     return fixed
 
 
-def _wavelet(colours: Tensor, reference: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _wavelet(colours: Tensor, reference: Tensor, empty: Empty) -> Iterator[tuple[slice, Tensor]]:
     """The low-pass of the reference in place of that of the picture, both (3, H, W)."""
     height = colours.shape[-2]
-    reference = _resize(reference, colours.shape[-2:])
+    reference = _resize(reference, colours.shape[-2:], colours, empty)
     for rows in _strips(colours):
         start = max(0, rows.start - _REACH_PX)
         seen = slice(start, min(height, rows.stop + _REACH_PX))
@@ -101,6 +108,7 @@ def _statistics(
     alpha: Tensor,
     to_space: Callable[[Tensor], Tensor],
     from_space: Callable[[Tensor], Tensor],
+    empty: Empty,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Mean and deviation of each channel of a colour space as in the reference, both (3, H, W).
 
@@ -108,15 +116,24 @@ def _statistics(
         alpha: (1, H, W) in 0..1 of the reference, how much a pixel counts; (0, H, W): all as much.
     """
     size = [math.ceil(side / 2) for side in reference.shape[-2:]]
-    seen, wanted = (to_space(_resize(x, size)) for x in (colours, reference))
-    dims = (-2, -1)
-    weight = _resize(alpha, size).clamp(0, 1) if alpha.any() else seen.new_ones(1, *size)
+    seen, wanted = (_resize(x, size, colours, empty) for x in (colours, reference))
+    weight = seen.new_ones(1, *size)
+    if alpha.any():
+        weight = _resize(alpha, size, colours, empty).clamp(0, 1)
     weight = weight / weight.sum()
-    mean, wanted_mean = ((weight * x).sum(dims, keepdim=True) for x in (seen, wanted))
-    deviation, wanted_deviation = (
-        (weight * (x - middle).square()).sum(dims, keepdim=True).sqrt() + _EPSILON
-        for x, middle in ((seen, mean), (wanted, wanted_mean))
-    )
+    bands = [slice(None)] if is_whole(colours) else [*row_bands(size[0], 3 * size[1])]
+
+    def weighed(x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weighed mean of what `value` makes of the colours of the space."""
+        parts = (weight[:, rows] * value(to_space(x[:, rows])) for rows in bands)
+        sums = (part.sum((-2, -1), keepdim=True) for part in parts)
+        return sum(sums, start=x.new_zeros(()))
+
+    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = weighed(x, lambda colours: colours)
+        return mean, weighed(x, lambda colours: (colours - mean).square()).sqrt() + _EPSILON
+
+    (mean, deviation), (wanted_mean, wanted_deviation) = moments(seen), moments(wanted)
     gain = (wanted_deviation / deviation).clamp(max=_MAX_GAIN)
     for rows in _strips(colours):
         yield rows, from_space((to_space(colours[:, rows]) - mean) * gain + wanted_mean)
@@ -130,8 +147,11 @@ def _strips(x: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, height))
 
 
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(x[None], size=list(size), mode="bicubic", antialias=True)[0]
+def _resize(x: Tensor, size: Sequence[int], result: Tensor, empty: Empty) -> Tensor:
+    """(C, H, W) at another size; by bands where the result (..., H, W) is large."""
+    if is_whole(result):
+        return enlarge(x[None], (size[0], size[1]))[0]
+    return resize_into(empty((1, len(x), *size), x.device), x[None])[0]
 
 
 # CIELAB of sRGB with the white point D65 (IEC 61966-2-1, CIE 15), L in 0..1 as a and b are scaled.

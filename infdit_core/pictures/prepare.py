@@ -14,14 +14,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..bands import row_bands
 from ..errors import InfDiTError
 from ..network.condition import Condition
 from ..network.config import LR_SCALE
+from ..scratch import Empty, in_memory
+from .resize import Axis, axes, enlarge, extend, reach, resize, resize_into, resized
 
 logger = logging.getLogger(__name__)
 
+WHOLE_PX = 2**22
+"""Pixels of a canvas that is made at once; a larger one is made by bands of rows. Pictures up to
+2048×2048 so keep the bits that they had before there were bands."""
 MAX_SHRINK = 4
 """A smaller result would need more padding than picture."""
 
@@ -87,31 +92,47 @@ class Canvas:
         """How many times higher or wider the target is than the picture: the larger of both."""
         return max(self.height / self.source.shape[1], self.width / self.source.shape[2])
 
-    def source_pixels(self, reach: int = 0) -> tuple[Tensor, tuple[int, int]]:
+    def source_pixels(
+        self, margin: int = 0, empty: Empty = in_memory
+    ) -> tuple[Tensor, tuple[int, int]]:
         """The picture itself as (B, 3, h, w) float32 in [-1, 1], without alpha.
 
-        Where it goes on around, `reach` pixels of the other side continue it; how many there are
+        Where it goes on around, `margin` pixels of the other side continue it; how many there are
         above and below, left and right, is the second value.
         """
-        source = _pixels(self.source)[:, :3].expand(-1, 3, -1, -1) * 2 - 1
+        image = self.source
+        source = empty((len(image), 3, *image.shape[1:3]), image.device)
+        for rows in row_bands(image.shape[1], 3 * image.shape[2]):
+            source[..., rows, :] = _colours(image[:, rows])
         sides = (-2, self.wrap and self.wrap.rows), (-1, self.wrap and self.wrap.columns)
-        extended = [0 if around is None else reach for _, around in sides]
+        extended = [0 if around is None else margin for _, around in sides]
         for (dim, _), pixels in zip(sides, extended, strict=True):
             length = source.shape[dim]
             index = torch.arange(-pixels, length + pixels, device=source.device) % length
             source = source.index_select(dim, index) if pixels else source
         return source, (extended[0], extended[1])
 
-    def consistent(self, x: Tensor, times: int) -> Tensor:
+    def consistent(self, x: Tensor, times: int, empty: Empty = in_memory) -> Tensor:
         """A sampled (B, 3, H, W) that, reduced again, comes nearer to the LR picture.
 
         Adds the enlarged difference of both, `times` over (back-projection).
         """
-        quarter = (1 / LR_SCALE, 1 / LR_SCALE)
         for _ in range(times):
-            missing = self.lr.to(x) - _resize(x, quarter, tuple(self.lr.shape[-2:]))
-            x = x + _resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
+            x = self._nearer(x, empty)
         return x
+
+    def _nearer(self, x: Tensor, empty: Empty) -> Tensor:
+        lr = self.lr.to(x)
+        if is_whole(x):
+            quarter = (1 / LR_SCALE, 1 / LR_SCALE)
+            missing = lr - resize(x, quarter, tuple(lr.shape[-2:]))
+            return x + resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
+        missing, result = empty(lr.shape, x.device), empty(x.shape, x.device)
+        for rows, reduced in resized(*axes(x, lr), lambda rows: x[..., rows, :]):
+            missing[..., rows, :] = lr[..., rows, :] - reduced
+        for rows, more in resized(*axes(lr, x), lambda rows: missing[..., rows, :]):
+            result[..., rows, :] = x[..., rows, :] + more
+        return result
 
     def noise(self, drawn: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Noise like `concat`, from what draws it by its shape."""
@@ -128,21 +149,30 @@ class Canvas:
         rows = slice(self.top, self.top + self.height)
         return x[..., rows, self.left : self.left + self.width]
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor, empty: Empty = in_memory) -> Tensor:
         """A sampled (B, 3, H, W) as a picture (B, height, width, 3, or 4 with alpha) in 0..1.
 
         Raises:
             PreparationError: x is not finite.
         """
-        if not x.isfinite().all():
-            raise PreparationError(
-                "expected finite pixels from the network; got NaN or infinity."
-                " Take bf16 or fp32 for its weights, or another sampler"
-            )
-        image = ((self.crop(x).float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
-        if self.alpha is None:
-            return image.contiguous()
-        return torch.cat([image, self.alpha.to(image)], dim=-1)
+        x, channels = self.crop(x), 3 if self.alpha is None else 4
+        image = empty((len(x), self.height, self.width, channels), x.device)
+        for rows in row_bands(self.height, 3 * self.width):
+            band = x[..., rows, :]
+            if not band.isfinite().all():
+                raise PreparationError(
+                    "expected finite pixels from the network; got NaN or infinity."
+                    " Take bf16 or fp32 for its weights, or another sampler"
+                )
+            image[:, rows, :, :3] = ((band.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
+            if self.alpha is not None:
+                image[:, rows, :, 3:] = self.alpha[:, rows]
+        return image
+
+
+def is_whole(picture: Tensor) -> bool:
+    """Whether a picture (..., H, W) is small enough to be resized at once."""
+    return picture.shape[-2] * picture.shape[-1] <= WHOLE_PX
 
 
 def prepare(
@@ -151,6 +181,7 @@ def prepare(
     *,
     size: tuple[int, int] | None = None,
     block_px: int = 128,
+    empty: Empty = in_memory,
 ) -> Canvas:
     """Lay a picture out for upscaling.
 
@@ -159,6 +190,7 @@ def prepare(
         upscale_by: how many times wider and higher the result is, rounded to whole pixels.
         size: (height, width) of the result in pixels, instead of `upscale_by`.
         block_px: side of a block of the model, `config.block_px`.
+        empty: makes room for the pictures of the canvas.
 
     Raises:
         PreparationError: not a picture, not finite, or a size of nothing.
@@ -169,19 +201,45 @@ def prepare(
         size = target_size(source_size, upscale_by)
     check_sizes(image, size)
 
-    pixels = _pixels(image)
-    alpha = None
-    if pixels.shape[1] == 4:
-        alpha = F.interpolate(pixels[:, 3:], size=size, mode="bicubic", antialias=True)
-        alpha = alpha.clamp(0, 1).permute(0, 2, 3, 1)
-    source = pixels[:, :3].expand(-1, 3, -1, -1) * 2 - 1
-
     padded = tuple(math.ceil(side / block_px) * block_px for side in size)
+    if math.prod(padded) > WHOLE_PX:
+        return _prepared_by_bands(image, size, padded, empty)
+    alpha = None
+    if image.shape[-1] == 4:
+        alpha = enlarge(_pixels(image[..., 3:]), size).clamp(0, 1).permute(0, 2, 3, 1)
+    source = _colours(image)
     scale = tuple(target / side for target, side in zip(size, source_size, strict=True))
-    source = _extend(source, *map(_reach, size, padded, scale))
-    concat = _resize(source, scale, padded).clamp(-1, 1)
+    source = extend(source, *map(reach, size, padded, scale))
+    concat = resize(source, scale, padded).clamp(-1, 1)
     lr_scale = tuple(s / LR_SCALE for s in scale)
-    lr = _resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
+    lr = resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
+    if empty is not in_memory:
+        concat, lr = (empty(picture.shape).copy_(picture) for picture in (concat, lr))
+    return Canvas(concat, lr, *size, image, alpha)
+
+
+def _prepared_by_bands(
+    image: Tensor, size: tuple[int, int], padded: tuple[int, ...], empty: Empty
+) -> Canvas:
+    """`prepare` of a large canvas."""
+    batch, device = len(image), image.device
+    sides = zip(image.shape[1:3], size, padded, strict=True)
+    down, across = (Axis(source, target, 0, whole, False) for source, target, whole in sides)
+
+    def colours(rows: slice) -> Tensor:
+        return _colours(image[:, rows])
+
+    concat = empty((batch, 3, *padded), device)
+    for rows, band in resized(down, across, colours):
+        concat[..., rows, :] = band.clamp_(-1, 1)
+    lr = empty((batch, 3, *(side // LR_SCALE for side in padded)), device)
+    for rows, band in resized(down, across, colours, LR_SCALE):
+        lr[..., rows, :] = band
+    alpha = None
+    if image.shape[-1] == 4:
+        alpha = empty((batch, 1, *size), device)
+        resize_into(alpha, _pixels(image[..., 3:]), lambda band: band.clamp_(0, 1))
+        alpha = alpha.permute(0, 2, 3, 1)
     return Canvas(concat, lr, *size, image, alpha)
 
 
@@ -249,6 +307,11 @@ def _pixels(image: Tensor) -> Tensor:
     return image.float().permute(0, 3, 1, 2).clamp(0, 1)
 
 
+def _colours(image: Tensor) -> Tensor:
+    """(B, H, W, C) as (B, 3, H, W) float32 in [-1, 1], without alpha."""
+    return _pixels(image)[:, :3].expand(-1, 3, -1, -1) * 2 - 1
+
+
 def check_image(image: Tensor) -> None:
     """Raise PreparationError unless this is (B, H, W, 1, 3 or 4) of finite floats."""
     shape = tuple(image.shape)
@@ -259,7 +322,8 @@ def check_image(image: Tensor) -> None:
         )
     if not image.is_floating_point():
         raise PreparationError(f"expected floating point pixels in 0..1, got {image.dtype}")
-    if not torch.isfinite(image).all():
+    bands = row_bands(shape[1], shape[2] * shape[3])
+    if not all(torch.isfinite(image[:, rows]).all() for rows in bands):
         raise PreparationError("expected finite pixels in 0..1, got NaN or infinity among them")
 
 
@@ -273,37 +337,3 @@ def check_sizes(image: Tensor, size: tuple[int, int]) -> None:
             f"expected a size of at least 1/{MAX_SHRINK} of the picture's"
             f" {source_size[1]}×{source_size[0]} px, got {size[1]}×{size[0]}"
         )
-
-
-def _reach(target: int, padded: int, scale: float) -> int:
-    """Source pixels that resizing by `scale` turns into at least `padded`."""
-    reach = math.ceil(padded / scale - 1e-9)  # 75 · (300 / 75) is not exactly 300 in floats
-    while math.floor(reach * scale) < padded:
-        reach += 1
-    if padded == target:
-        return reach  # the kernel does not reach beyond the picture's own edge
-    return reach + 2 * math.ceil(max(1, LR_SCALE / scale))  # the reach of the bicubic kernel
-
-
-def _extend(x: Tensor, height: int, width: int) -> Tensor:
-    """Continue a picture (..., h, w) to the bottom and right by reflection, however far."""
-    for dim, length in ((-2, height), (-1, width)):
-        if (side := x.shape[dim]) < length:
-            period = max(1, 2 * (side - 1))
-            index = torch.arange(length, device=x.device) % period
-            x = x.index_select(dim, torch.where(index < side, index, period - index))
-    return x
-
-
-def _resize(x: Tensor, scale: tuple[float, ...], size: tuple[int, ...]) -> Tensor:
-    """Bicubic with antialiasing (a = -0.5) by exactly `scale`, cropped to `size`."""
-    if scale != (1.0, 1.0):
-        x = F.interpolate(
-            x,
-            scale_factor=scale,
-            mode="bicubic",
-            antialias=True,
-            align_corners=False,
-            recompute_scale_factor=False,
-        )
-    return x[..., : size[0], : size[1]]

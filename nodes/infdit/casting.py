@@ -38,18 +38,19 @@ class CastingInfDiT(InfDiT):
         *,
         run: Run | None = None,
         dtype: torch.dtype | None = None,
-        strip: Strip | None = None,
+        **options: Any,
     ) -> Tensor:
         schedule = schedule or Full()
+        strip: Strip | None = options.get("strip")
         grid = self.grid(x) if strip is None else strip.own_grid
         layers = [layer for layer, _ in schedule.cells(grid, len(self.layers))[:2]]
         if len(set(layers)) == len(layers):  # each layer is at work once, or again and again
-            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, strip=strip)
+            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, **options)
         with ExitStack() as stack:
             self._weights = _LayerWeights(self, sigma.device, dtype or x.dtype)
             stack.callback(self.__dict__.pop, "_weights")
             stack.callback(self._weights.release)
-            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, strip=strip)
+            return super().forward(x, sigma, cond, schedule, run=run, dtype=dtype, **options)
 
     def lr_keys_values(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._weights is not None:

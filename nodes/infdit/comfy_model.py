@@ -63,6 +63,8 @@ _FOR_OTHERS = ForOneModel(
     " Inf-DiT Checkpoint; got another model. Connect that model to the sampler, or a text prompt to"
     " positive and negative."
 )
+_PICTURES = 9
+"""Pictures of ComfyUI's samplers that are counted, which keep more than ours."""
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest."""
 _SAME_SIGMA = 1e-3
@@ -219,7 +221,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
         management, patcher = comfy.model_management, self.current_patcher
         device = management.get_torch_device() if patcher is None else patcher.load_device
         net, dtype = self.diffusion_model.net, self.get_dtype_inference()
-        work = replace(workload(net, input_shape, dtype, device), pictures=True)
+        work = replace(workload(net, input_shape, dtype, device), pictures=_PICTURES)
         if work.device == "cpu":
             small = small_plan(work, management.get_free_memory(device))
             if small is not None:

@@ -34,7 +34,7 @@ def workload(net: InfDiT, shape, dtype, device) -> Workload:
     """An evaluation of x (B, 3, H, W); weights and pictures are ComfyUI's to count."""
     batch, _, height, width = shape
     kind = torch.device(device).type
-    return Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=False)
+    return Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=0)
 
 
 class PlannedRun(Run):

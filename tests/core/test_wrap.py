@@ -39,12 +39,14 @@ def test_it_is_the_middle_of_many_pictures_side_by_side(size):
 
 def test_what_is_drawn_goes_on_around_in_every_step(model):
     picture, steps = torch.rand(1, 10, 12, 3), []
-    draw = Sampler(model, PRESETS["draft"], callback=steps.append)
+    draw = Sampler(
+        model, PRESETS["draft"], callback=lambda step: steps.append(step.denoised.clone())
+    )
     canvas = draw.prepare(prepare_wrapped(picture, (40, 48), model.config.block_px, "both"))
     x = draw(canvas)
     assert canvas.wrap is not None
     assert len(steps) == PRESETS["draft"].steps
-    for around in [x, *(step.denoised for step in steps)]:
+    for around in [x, *steps]:
         assert torch.equal(around, canvas.wrap(around))
         assert torch.equal(around[..., : canvas.top, :], around[..., 40 : 40 + canvas.top, :])
     assert torch.equal(canvas.finish(x), upscale(picture, 4.0, draw, wrap="both"))

@@ -226,7 +226,7 @@ def test_a_run_takes_what_the_patcher_gives_without_its_weights_and_a_reserve(co
 def test_weights_that_come_at_use_come_for_few_chunks(comfy, loaded, by_layers):
     planner = comfy.module("infdit_core.memory.planner")
     config = comfy.module("infdit_core.network.config").RELEASED
-    work = planner.Workload(config, 8192, 8192, torch.bfloat16, weights=False, pictures=False)
+    work = planner.Workload(config, 8192, 8192, torch.bfloat16, weights=False, pictures=0)
     run = comfy.module("nodes.infdit.runs").PlannedRun()
     run.patcher = SimpleNamespace(loaded_size=lambda: loaded, model_size=lambda: 1.5e9)
     turns = [p.schedule.residency(work.grid, config.num_layers).turn for p in run._plans(work)]

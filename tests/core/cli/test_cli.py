@@ -389,7 +389,7 @@ def test_plan_marks_what_is_taken(models, capsys):
     marked = [line for line in out.splitlines() if line.startswith("> ")]
     assert len(marked) == 1
     assert "layer by layer" in marked[0]
-    assert main([*map(str, command), "--memory", "1MB"]) == 1
+    assert main([*map(str, command), "--memory", "0.6MB"]) == 1
     assert "nothing fits 1 MB" in capsys.readouterr().err
     command += ["--memory", "500MB", "--ram"]  # what waits there has to fit too
     assert main([*map(str, command), "2GB"]) == 0

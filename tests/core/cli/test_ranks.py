@@ -74,7 +74,9 @@ def test_several_devices_of_one_process(model, pictures, tmp_path):
 
 
 def arguments(**given) -> argparse.Namespace:
-    return argparse.Namespace(gpus=2, device="cpu", schedule="auto", debug=False, **given)
+    return argparse.Namespace(
+        gpus=2, device="cpu", schedule="auto", scratch=None, debug=False, **given
+    )
 
 
 def waits(args) -> None:

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 import torch
 
+from infdit_core import bands
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
 from infdit_core.edm import edm_sigmas
@@ -22,6 +23,7 @@ from infdit_core.memory.planner import (
     evaluation_bytes,
     evaluation_flop,
     host_bytes,
+    lean_plan,
     peak_bytes,
     plan,
     plans,
@@ -32,8 +34,15 @@ from infdit_core.network.config import RELEASED
 from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.network.run import Run
-from infdit_core.sampling import sample
-from tests.goldens import TINY_PRIOR, fail_at, golden_model, random_condition
+from infdit_core.sampling import SOLVER_PICTURES, Preset, sample
+from tests.goldens import (
+    TINY,
+    TINY_PRIOR,
+    fail_at,
+    golden_model,
+    random_condition,
+    random_model,
+)
 
 SCHEDULES = [
     Full(),
@@ -81,6 +90,22 @@ def test_sampling_takes_what_is_predicted(schedule, residual):
     assert predicted == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_a_solver_keeps_as_many_pictures_as_are_counted(solver, monkeypatch):
+    """A network whose own memory is small beside them."""
+    monkeypatch.setattr(bands, "_BAND", 2**12)
+    model, schedule = random_model(TINY, 0.05), BlockMajor(2)
+    noise, cond = random_condition(model, 12, 12)
+    with LiveBytes() as live:
+        concat = cond.concat.clone()
+        cond = Condition(concat, cond.lr.clone())
+        sigmas = Preset(solver, 5).sigmas()
+        sample(model, cond, sigmas, noise=noise, solver=solver, schedule=schedule)
+    work = Workload(TINY, 384, 384, torch.float32, weights=False)
+    work = replace(work, pictures=1 + SOLVER_PICTURES[solver])
+    assert peak_bytes(work, schedule) == pytest.approx(live.peak, rel=0.1)
+
+
 def test_the_keys_of_a_large_lr_picture_are_made_in_what_is_predicted():
     config = replace(RELEASED, num_layers=2)
     work = Workload(config, 2048, 2048, torch.bfloat16)
@@ -118,7 +143,7 @@ def test_the_schedule_for_a_memory_is_that_of_the_first_plan_that_fits():
 
 def test_a_plan_leaves_the_ram_what_it_needs():
     """16384² in bf16: lines of keys and values wait in RAM in place of all tokens."""
-    work = Workload(RELEASED, 16384, 16384, torch.bfloat16, pictures=False)
+    work = Workload(RELEASED, 16384, 16384, torch.bfloat16, pictures=0)
     found = plans(work)
     ample = Adaptive(found, 8e9, host_bytes=64e9).plan
     assert isinstance(ample.schedule, BlockMajor)
@@ -131,6 +156,29 @@ def test_a_plan_leaves_the_ram_what_it_needs():
     assert host_bytes(work, schedule) <= 64e9
     with pytest.raises(PlanError, match=r"got 8.0 GB; or .* in RAM, of which 10.0 GB are free"):
         plan(RELEASED, 16384, 16384, torch.bfloat16, 8e9, host_bytes=10e9)
+
+
+@pytest.mark.parametrize(
+    ("side", "gpu", "ram", "waiting"), [(16384, 8e9, 24e9, 18.8e9), (32768, 12e9, 48e9, 37.6e9)]
+)
+def test_a_gigapixel_fits_with_pictures_in_files(side, gpu, ram, waiting):
+    """Only the line of keys and values grows, with the side."""
+    work = Workload(RELEASED, side, side, torch.bfloat16, scratch=True)
+    found = lean_plan(plans(work), gpu, ram)
+    assert found is not None
+    assert found.schedule == BlockMajor(8, frontier_on_host=True, keep_lr=False)
+    assert found.host_bytes == pytest.approx(waiting, rel=0.01)
+    assert found.peak_bytes <= 5e9
+    assert lean_plan(plans(work), gpu, 10e9) is None
+
+
+def test_layers_come_in_turn_where_that_is_faster():
+    found = plans(Workload(RELEASED, 4096, 4096, torch.bfloat16, scratch=True))
+    assert found[0].schedule == LayerMajor(32)
+    lean = lean_plan(found, 80e9, 64e9)
+    assert lean is not None
+    assert lean.schedule == LayerMajor(32, keep_lr=False)
+    assert lean.peak_bytes < found[0].peak_bytes < 8e9
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cpu", False), ("mps", False), ("xpu", True)])
