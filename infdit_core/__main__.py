@@ -1,4 +1,4 @@
-"""`python -m infdit_core` (also installed as `infdit`): upscale, convert, inspect and plan."""
+"""`python -m infdit_core`, also installed as `infdit`; the commands are those of `cli.parser`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from .cli.commands import UsageError
+from .cli.common import UsageError
 from .cli.parser import build_parser
 from .errors import InfDiTError
 from .memory.adaptive import is_out_of_memory

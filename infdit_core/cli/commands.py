@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,12 +32,9 @@ from ..pictures.start import check_start
 from ..pictures.wrap import check_wrap
 from ..sampling import Preset, find_preset
 from ..upscale import Sampler, upscale
+from .common import UsageError, choose_device, choose_dtype, say, warn
 from .jobs import CommandError, Jobs, Size, check_jobs, check_result, make_folder, plan_jobs
 from .progress import Progress
-
-
-class UsageError(Exception):
-    """Arguments that contradict each other."""
 
 
 class Job(NamedTuple):
@@ -56,7 +52,7 @@ class Job(NamedTuple):
 
 def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every picture; go on after one that fails, and leave alone what is there already."""
-    _check_schedule(args)
+    check_schedule(args)
     jobs = plan_jobs(
         args.input,
         args.output,
@@ -64,13 +60,13 @@ def upscale_files(args: argparse.Namespace) -> int:
         args.overwrite,
         recursive=args.recursive,
         debug=args.debug,
-        tell=_warn,
+        tell=warn,
     )
     check_wrap(args.wrap, args.colour_fix)
     if args.start and not jobs.single:
         raise UsageError("--start goes with a single picture")
     for target in jobs.finished:
-        _say(f"{target} is there already; --overwrite replaces it")
+        say(f"{target} is there already; --overwrite replaces it")
     if jobs.todo:
         _upscale_all(jobs, args)
     if jobs.failed:
@@ -79,10 +75,7 @@ def upscale_files(args: argparse.Namespace) -> int:
 
 
 def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
-    device = _device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device = choose_device(args.device)
 
     @cache  # asked twice for each picture, it says once that one would shrink
     def result_size(source: Size) -> Size:
@@ -97,31 +90,21 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     if not jobs.todo:
         return
     # Of a single picture all that can be refused is refused before the model is loaded.
-    ready = _read(*jobs.todo[0], result_size, args) if jobs.single else None
-    guide = _guide(args, device)
-    model = _load(args.model, device, dtype)
-    if args.reuse_layers and args.reuse_layers >= model.config.num_layers:
-        raise CommandError(
-            f"--reuse-layers: expected less than the {model.config.num_layers} layers of"
-            f" {args.model.name}, got {args.reuse_layers}"
-        )
-    if args.compile:
-        model.compile_layers()
+    ready = read_picture(*jobs.todo[0], result_size, args) if jobs.single else None
+    upscaler = Upscaler(args, device)
     for source, target in jobs.todo:
         with jobs.attempt(source):
-            try:
-                job = ready or _read(source, target, result_size, args)
-                _upscale_picture(model, guide, source, target, job, args)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise CommandError(
-                    f"{source}: the memory of {device} is too small for --schedule {args.schedule};"
-                    " try block-major or layer-major with few --blocks"
-                ) from error
+            started = time.monotonic()
+            job = ready or read_picture(source, target, result_size, args)
+            upscaler.make(job, source, target)
+            (height, width), size = job.image.shape[1:3], job.size
+            say(
+                f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"
+                f" {time.monotonic() - started:.1f} s"
+            )
 
 
-def _read(
+def read_picture(
     source: Path, target: Path, result_size: Callable[[Size], Size], args: argparse.Namespace
 ) -> Job:
     """A picture that can be worked on."""
@@ -135,64 +118,84 @@ def _read(
     return Job(image, info, size, start)
 
 
-def _upscale_picture(
-    model: InfDiT,
-    guide: ClipGuide | None,
-    source: Path,
-    target: Path,
-    job: Job,
-    args: argparse.Namespace,
-) -> None:
-    started = time.monotonic()
-    image, info, size, start = job
-    height, width = image.shape[1:3]
-    vectors = None
-    if guide:
-        seen = fill_invisible(image)
-        vectors = guide.guide(seen, args.positive, args.negative, args.text_strength)
-    preset = find_preset(args.preset, model.metadata)
-    if args.steps or args.solver:
-        solver, steps = args.solver or preset.solver, args.steps or preset.steps
-        preset = Preset(solver, steps, consistency=preset.consistency)
-    steps = (len(preset.sigmas(args.denoise)) - 1) * len(pass_sizes((height, width), size))
-    with Progress(source.name, steps) as progress:
-        draw = Sampler(
-            model,
-            preset,
-            args.seed,
-            args.denoise,
-            _schedule(args),
-            args.memory,
-            args.reuse_layers or 0,
-            progress.step,
-            progress.cells,
-        )
-        picture = upscale(
-            image,
-            size,
-            draw,
-            vectors=vectors,
-            colour_fix=args.colour_fix,
-            consistency=args.consistency,
-            start=start,
-            wrap=args.wrap,
-        )
-    write_image(target, picture, bit_depth=args.bit_depth, info=info, overwrite=args.overwrite)
-    _say(
-        f"{source} ({width}×{height}) -> {target} ({size[1]}×{size[0]}),"
-        f" {time.monotonic() - started:.1f} s"
-    )
+class Upscaler:
+    """The model that the options of `infdit upscale` name, ready for one picture after another."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.guide = _guide(args, device)
+        self.model = _load(args.model, device, choose_dtype(args.dtype, device))
+        if args.reuse_layers and args.reuse_layers >= self.model.config.num_layers:
+            raise CommandError(
+                f"--reuse-layers: expected less than the {self.model.config.num_layers} layers of"
+                f" {args.model.name}, got {args.reuse_layers}"
+            )
+        if args.compile:
+            self.model.compile_layers()
+
+    def make(self, job: Job, source: Path, target: Path) -> None:
+        """Upscale a picture that was read from `source`, and write it to `target`.
+
+        Raises:
+            CommandError: the device's memory is too small.
+        """
+        try:
+            picture = self._upscale(job, source.name)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CommandError(
+                f"{source}: the memory of {self.device} is too small for --schedule"
+                f" {self.args.schedule}; try block-major or layer-major with few --blocks"
+            ) from error
+        depth, overwrite = self.args.bit_depth, self.args.overwrite
+        write_image(target, picture, bit_depth=depth, info=job.info, overwrite=overwrite)
+
+    def _upscale(self, job: Job, name: str) -> Tensor:
+        args, (image, _, size, start) = self.args, job
+        vectors = None
+        if self.guide:
+            seen = fill_invisible(image)
+            vectors = self.guide.guide(seen, args.positive, args.negative, args.text_strength)
+        preset = find_preset(args.preset, self.model.metadata)
+        if args.steps or args.solver:
+            solver, steps = args.solver or preset.solver, args.steps or preset.steps
+            preset = Preset(solver, steps, consistency=preset.consistency)
+        passes = pass_sizes((image.shape[1], image.shape[2]), size)
+        steps = (len(preset.sigmas(args.denoise)) - 1) * len(passes)
+        with Progress(name, steps) as progress:
+            draw = Sampler(
+                self.model,
+                preset,
+                args.seed,
+                args.denoise,
+                _schedule(args),
+                args.memory,
+                args.reuse_layers or 0,
+                progress.step,
+                progress.cells,
+            )
+            return upscale(
+                image,
+                size,
+                draw,
+                vectors=vectors,
+                colour_fix=args.colour_fix,
+                consistency=args.consistency,
+                start=start,
+                wrap=args.wrap,
+            )
 
 
 def convert_file(args: argparse.Namespace) -> int:
     """Convert a checkpoint and say what became of it."""
     dtype = DTYPES[args.dtype] if args.dtype else None
     report = convert(args.source, args.target, dtype, overwrite=args.overwrite)
-    _say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
+    say(f"{report.target}: {report.tensors} tensors, {report.size / 2**20:.1f} MiB")
     if report.dropped:
-        _say(f"dropped {len(report.dropped)} tensors that the network does not use")
+        say(f"dropped {len(report.dropped)} tensors that the network does not use")
     for key in report.unknown:
-        _say(f"unknown: {key}")
+        say(f"unknown: {key}")
     return 0
 
 
@@ -205,7 +208,7 @@ def inspect(args: argparse.Namespace) -> int:
         count = sum(torch.Size(shape).numel() for shape in shapes.values())
         dtypes = Counter(str(checkpoint.dtypes[key]).removeprefix("torch.") for key in shapes)
         clip = CLIP_PREFIX + "model."
-        _say(f"{args.file}: a complete Inf-DiT")
+        say(f"{args.file}: a complete Inf-DiT")
         lines: dict[str, object] = {
             **asdict(config),
             "block_px": config.block_px,
@@ -217,7 +220,7 @@ def inspect(args: argparse.Namespace) -> int:
             **checkpoint.metadata,
         }
     for name, value in lines.items():
-        _say(f"  {name}: {value}")
+        say(f"  {name}: {value}")
     return 0
 
 
@@ -259,7 +262,8 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> InfDiT:
     return model
 
 
-def _check_schedule(args: argparse.Namespace) -> None:
+def check_schedule(args: argparse.Namespace) -> None:
+    """Refuse options of the order of computation that contradict each other."""
     if args.blocks is not None and args.schedule not in ("block-major", "layer-major"):
         raise UsageError("--blocks goes with --schedule block-major or layer-major")
     if args.memory is not None and args.schedule != "auto":
@@ -286,14 +290,14 @@ def plan_table(args: argparse.Namespace) -> int:
     allowed = [p for p in found if p.host_bytes <= ram]
     chosen = next((p for p in allowed if args.memory is None or p.peak_bytes <= args.memory), None)
     petaflop = evaluation_flop(config, height, width) / 1e15
-    _say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
+    say(f"{width}×{height} px, {args.dtype}: {petaflop:.3g} PFLOP per evaluation")
     column = max(len(str(p.schedule)) for p in found)
-    _say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
+    say(f"{'':2}{'schedule':{column}}{'peak':>10}{'RAM':>10}{'time':>7}")
     for p in found:
         mark = "> " if p is chosen else "  "
         host = gigabytes(p.host_bytes) if p.host_bytes else "-"
         row = f"{p.schedule!s:{column}}{gigabytes(p.peak_bytes):>10}{host:>10}{p.cost:>6.2f}x"
-        _say(mark + row)
+        say(mark + row)
     if chosen is None and args.memory is not None:
         smallest = min(allowed, key=lambda p: p.peak_bytes)
         raise CommandError(
@@ -301,28 +305,3 @@ def plan_table(args: argparse.Namespace) -> int:
             f" needs {smallest}"
         )
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CommandError(f"--device {name} cannot be used here: {reason}") from error
-    return device
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(_printable(line) + "\n")
-
-
-def _warn(line: str) -> None:
-    sys.stderr.write(_printable(f"infdit: {line}") + "\n")
-
-
-def _printable(line: str) -> str:
-    # What a file says of itself must not drive the terminal.
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
