@@ -145,8 +145,8 @@ class Upscaler:
             if not is_out_of_memory(error):
                 raise
             raise CommandError(
-                f"{source}: the memory of {self.device} is too small for --schedule"
-                f" {self.args.schedule}; try block-major or layer-major with few --blocks"
+                f"the memory of {self.device} is too small for --schedule {self.args.schedule};"
+                " try block-major or layer-major with few --blocks"
             ) from error
         depth, overwrite = self.args.bit_depth, self.args.overwrite
         write_image(target, picture, bit_depth=depth, info=job.info, overwrite=overwrite)
