@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,15 +24,20 @@ _LONGEST_FOLDER = 40
 """Letters of a folder for Ray's sockets, whose whole paths may have about 100."""
 
 
-class _Ledger:
-    """How often the work on each picture was begun, whatever became of the process."""
+def _ledger() -> type:
+    """A class that is sent by value, since it is local: its process need not import torch."""
 
-    def __init__(self) -> None:
-        self._times = Counter[str]()
+    class Ledger:
+        """How often the work on each picture was begun, whatever became of the process."""
 
-    def begin(self, source: str) -> int:
-        self._times[source] += 1
-        return self._times[source]
+        def __init__(self) -> None:
+            self._times: dict[str, int] = {}
+
+        def begin(self, source: str) -> int:
+            self._times[source] = self._times.get(source, 0) + 1
+            return self._times[source]
+
+    return Ledger
 
 
 class Cluster:
@@ -54,6 +58,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # these are read when Ray is imported
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         if not self.args.address and "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"  # nobody else's processes may give it work
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -144,7 +149,7 @@ class Cluster:
         ray, args, count = self._ray, self.args, self.workers(share)
         here = ray.get_runtime_context().get_node_id()
         strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-        ledger = ray.remote(_Ledger).options(num_cpus=0, scheduling_strategy=strategy).remote()
+        ledger = ray.remote(_ledger()).options(num_cpus=0, scheduling_strategy=strategy).remote()
         options = {k: v for k, v in vars(args).items() if k != "command"}
         places = args.source, args.target
         rows = [{"source": source, "target": target} for source, target in pairs.items()]
