@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -82,9 +81,8 @@ def _add_farm(commands, common: argparse.ArgumentParser) -> None:
     )
     farm.add_argument(
         "--address",
-        default=os.environ.get("RAY_ADDRESS"),
-        help="of a Ray cluster, as 10.0.0.1:6379; every machine of it needs this package, the model"
-        " and the folders under the same names (default: $RAY_ADDRESS, else this machine alone)",
+        help="of a Ray cluster, as 10.0.0.1:6379, or auto; every machine of it needs this package,"
+        " the model and the folders under the same names (default: this machine alone)",
     )
     farm.add_argument(
         "--workers", type=_positive, help="the most at once (default: as many as there is room for)"

@@ -134,10 +134,7 @@ def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, mo
     variables = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
 
     def cluster() -> Cluster:
-        made = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-        )
-        return made
+        return Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 
     first = cluster()
     try:
