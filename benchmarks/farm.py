@@ -1,0 +1,107 @@
+"""Pictures a minute of `infdit farm`, with one worker and with two, of one thread each.
+
+Two plain processes that share the pictures out without Ray are what two workers could do at best
+beside whatever else the machine is doing. Runs take turns. Rates leave the start out: they count
+from the first result, with two workers from the second; the start stands beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from benchmarks.common import RESULTS, ROOT, arguments, header, parse, save
+
+KINDS = ("farm, 1 worker", "farm, 2 workers", "2 plain processes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments("farm", __doc__, "rounds", "model")
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--px", type=int, default=96, help="side of a picture, upscaled by 4")
+    parser.add_argument("--beside", default="", help="what else the machine did, for the result")
+    parser.add_argument("--out", type=Path, default=RESULTS / "farm.json")
+    args = parse(parser, argv)
+    import ray
+
+    result = header(args, "pictures", "px", "rounds", "beside", ray=ray.__version__)
+    result["environment"]["processors"] = os.cpu_count()
+    result["runs"], result["summary"] = [], {}
+    for n in range(args.rounds):
+        for kind in KINDS if n % 2 == 0 else reversed(KINDS):
+            result["runs"].append({"kind": kind, **run(kind, args.model, args.pictures, args.px)})
+            result["summary"] = summary(result["runs"])
+            save(args.out, result)
+    return 0
+
+
+def run(kind: str, model: Path, count: int, px: int) -> dict[str, Any]:
+    """Make all pictures once, and say how fast."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in"), Path(folder, "out")
+        workers = 1 if "1" in kind else 2
+        plain = "plain" in kind
+        for n in range(count):
+            path = source / (str(n % 2) if plain else "0") / f"{n:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(n).integers(0, 256, (px, px, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+        options = ["--model", model]
+        if plain:
+            command = [["upscale", s, "-o", target, "--device", "cpu"] for s in source.iterdir()]
+        else:
+            command = [["farm", source / "0", target, "--workers", workers]]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        started, load = time.time(), psutil.getloadavg()[0]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "infdit_core", *map(str, [*words, *options])],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+            )
+            for words in command
+        ]
+        if any(process.wait() for process in processes):
+            raise RuntimeError(f"{kind} failed")
+        times = sorted(path.stat().st_mtime for path in target.glob("*.png"))
+        if len(times) != count:
+            raise RuntimeError(f"{kind}: expected {count} results, got {len(times)}")
+        steady = times[-1] - times[workers - 1]
+        return {
+            "pictures_a_minute": round(60 * (count - workers) / steady, 2),
+            "first_result_after_s": round(times[0] - started, 1),
+            "whole_s": round(time.time() - started, 1),
+            "load_before": round(load, 1),
+        }
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds, and the ratios that matter."""
+    rates = {
+        kind: statistics.median(found)
+        for kind in KINDS
+        if (found := [r["pictures_a_minute"] for r in runs if r["kind"] == kind])
+    }
+    if len(rates) < len(KINDS):
+        return {"pictures_a_minute": rates}
+    one, two, plain = (rates[kind] for kind in KINDS)
+    return {
+        "pictures_a_minute": rates,
+        "two_workers_of_twice_one": round(two / (2 * one), 3),
+        "two_workers_of_two_plain_processes": round(two / plain, 3),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
