@@ -169,7 +169,7 @@ class Upscaler:
                 preset,
                 args.seed,
                 args.denoise,
-                _schedule(args),
+                chosen_schedule(args),
                 args.memory,
                 args.reuse_layers or 0,
                 progress.step,
@@ -270,7 +270,7 @@ def check_schedule(args: argparse.Namespace) -> None:
         raise UsageError("--memory goes with --schedule auto")
 
 
-def _schedule(args: argparse.Namespace) -> Schedule | None:
+def chosen_schedule(args: argparse.Namespace) -> Schedule | None:
     """The order that was asked for; None for the fastest that fits."""
     if args.schedule == "full":
         return Full()

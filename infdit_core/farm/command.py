@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..cli.commands import check_schedule
-from ..cli.common import UsageError, say, warn
+from ..cli.common import say, warn
 from ..cli.jobs import CommandError, Jobs, find_clashes, make_folder, plan_jobs, result_names
 from ..memory.host import gigabytes
 from ..pictures.files import READABLE, check_writable
@@ -22,8 +22,6 @@ def farm_pictures(args: argparse.Namespace) -> int:
     """Upscale the pictures of a folder, and tell at the end which of them failed and why."""
     check_schedule(args)
     check_wrap(args.wrap, args.colour_fix)
-    if args.schedule != "auto" and args.memory_per_actor:
-        raise UsageError("--memory-per-actor goes with --schedule auto")
     check_writable(Path(f"result.{args.format}"), alpha=False, bit_depth=args.bit_depth)
     args.model = Path(os.path.abspath(args.model))
     source, target = Place(args.source), Place(args.target)
@@ -100,12 +98,12 @@ def _run(jobs: Jobs, cluster: Cluster, source: Place, args: argparse.Namespace) 
                 again: list[str] = []
                 for outcome in cluster.outcomes(pending, share):
                     name = outcome.source
-                    times[name] += 1
                     if outcome.state == STOP:
                         raise CommandError(outcome.reason)
                     if outcome.state == TOO_LARGE:
                         large[name] = outcome.needed_bytes
                         continue
+                    times[name] += 1
                     if outcome.state == AGAIN and times[name] <= args.retries:
                         again.append(name)
                         continue

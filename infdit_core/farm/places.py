@@ -78,7 +78,7 @@ class Place:
     def present(self, belows: list[Path]) -> set[Path]:
         """Those of some files that are there."""
         if self.folder:
-            return {below for below in belows if os.path.lexists(self.folder / below)}
+            return {below for below in belows if os.path.exists(self.folder / below)}
         # one listing: a question for each of a million objects would take hours
         keys = set(self._keys())
         return {below for below in belows if _key(below) in keys}
@@ -86,7 +86,7 @@ class Place:
     def exists(self, below: Path) -> bool:
         """Whether a file is there."""
         if self.folder:
-            return os.path.lexists(self.folder / below)
+            return os.path.exists(self.folder / below)
         return self._files.exists(self._path(below))
 
     @contextmanager

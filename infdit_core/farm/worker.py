@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cli.commands import Upscaler, read_picture
+from ..cli.commands import Upscaler, chosen_schedule, read_picture
+from ..cli.common import choose_device
 from ..cli.jobs import CommandError, Size, is_disk_full, reason_of
 from ..errors import InfDiTError
 from ..memory.adaptive import is_out_of_memory, memory_budget
-from ..memory.planner import Workload, plans, small_plan
+from ..memory.planner import Workload, peak_bytes, plans, small_plan
 from ..pictures.prepare import target_size
 from .places import Place
 
@@ -81,7 +82,6 @@ class Worker:
         self.source, self.target = Place(source), Place(target)
         self.memory_bytes, self._begin = memory_bytes, begin
         self._most = self.args.memory
-        self.device = torch.device("cuda" if self.args.gpus_per_actor else "cpu")
         torch.set_num_threads(self.args.cpus_per_actor)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
@@ -133,7 +133,8 @@ class Worker:
     def upscaler(self) -> Upscaler:
         """The model, loaded for the first picture."""
         try:
-            return Upscaler(self.args, self.device)
+            device = choose_device("cuda" if self.args.gpus_per_actor else "cpu")
+            return Upscaler(self.args, device)
         except (InfDiTError, OSError, ImportError) as error:
             reason = reason_of(error, self.args.model)
             raise _CannotWorkError(f"{reason} (on {platform.node()})") from error
@@ -157,11 +158,10 @@ class Worker:
         if work.device == "cpu":  # the plan counts the solver's pictures; the result is one more
             beside = _PROCESS_BYTES + picture
             limit = min(self._most or math.inf, self.memory_bytes - beside)
-            if not (limit > 0 and small_plan(work, limit)):
-                leanest = min(plan.peak_bytes for plan in plans(work))
-                if leanest > limit:
-                    raise _TooLargeError(leanest + beside)
-            self.args.memory = limit if math.isfinite(limit) else None
+            needed = self._least(work, limit)
+            if needed > limit:
+                raise _TooLargeError(needed + beside)
+            self.args.memory = min(limit, memory_budget(model))
             return
         beside = _PROCESS_BYTES + _RESULTS_ON_HOST * picture
         budget = self._most or memory_budget(model)
@@ -169,6 +169,14 @@ class Worker:
         waiting = min((p.host_bytes for p in found if p.peak_bytes <= budget), default=0)
         if beside + waiting > self.memory_bytes:
             raise _TooLargeError(beside + waiting)
+
+    def _least(self, work: Workload, limit: float) -> float:
+        """Bytes of the leanest order of computation that was asked for; 0 where it surely fits."""
+        if schedule := chosen_schedule(self.args):
+            return peak_bytes(work, schedule)
+        if limit > 0 and small_plan(work, limit):
+            return 0
+        return min(plan.peak_bytes for plan in plans(work))
 
     def _reason(self, error: Exception, name: str) -> str:
         if isinstance(error, InfDiTError | OSError | MemoryError) or is_out_of_memory(error):

@@ -16,7 +16,7 @@ from infdit_core.farm import command, worker
 from infdit_core.farm.cluster import Cluster
 from infdit_core.farm.command import plan
 from infdit_core.farm.places import Place
-from infdit_core.farm.worker import AGAIN, FAILED, MADE, STOP, THERE, Outcome, Worker
+from infdit_core.farm.worker import AGAIN, FAILED, MADE, STOP, THERE, TOO_LARGE, Outcome, Worker
 from tests.core.farm.small import FAST, put_picture, put_pictures
 
 STORE = "memory://store"
@@ -227,6 +227,15 @@ def test_large_pictures_wait_for_larger_workers(model, tmp_path, monkeypatch, ca
     assert len(files(tmp_path / "out2")) == 2
     error = capsys.readouterr().err
     assert "large.png: needs at least 0.6 GB of RAM; the largest machine has 0.6 GB" in error
+
+
+def test_an_order_that_was_asked_for_counts_as_it_is(model, tmp_path):
+    put_picture(tmp_path / "large.png", 7, size=(96, 128))
+    for schedule, state in [("auto", MADE), ("full", TOO_LARGE)]:
+        args = parsed(tmp_path, tmp_path / "out", "--model", model, "--schedule", schedule)
+        args.overwrite = True
+        made = Worker(vars(args), args.source, args.target, memory_bytes=640e6)
+        assert made.work("large.png", "large.png").state == state
 
 
 @pytest.mark.parametrize(
