@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,13 @@ def start(model, folder, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
         end(process.pid)
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for sockets, whose names may not be long."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 def end(pid: int) -> None:
     """Kill a process with all that it started."""
     try:
@@ -101,6 +109,10 @@ def results(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*")}
 
 
+def count(folder: Path) -> int:
+    return len([*folder.glob("*.png")])
+
+
 def expected(model: Path, folder: Path, target: Path) -> dict[str, bytes]:
     """The command line's results."""
     command = ["upscale", folder, "-o", target, *OPTIONS, "--model", model, "--device", "cpu"]
@@ -112,18 +124,18 @@ def expected(model: Path, folder: Path, target: Path) -> dict[str, bytes]:
 def test_a_worker_that_is_killed_costs_no_picture(model, folder, start, tmp_path):
     out = tmp_path / "out"
     farm = start("--workers", "2")
-    until(lambda: out.is_dir() and len(results(out)) > 20, farm)
+    until(lambda: count(out) > 20, farm)
     victim = workers(farm.pid)[0]
     victim.kill()
-    assert len(results(out)) < COUNT - 20
+    assert count(out) < COUNT - 20
     started = psutil.Process(farm.pid).children(recursive=True)
     assert f"{COUNT} of {COUNT} pictures made" in finish(farm)
     assert results(out) == expected(model, folder, tmp_path / "expected")
-    assert not psutil.wait_procs(started, timeout=30)[1]
+    assert not psutil.wait_procs(started, timeout=30)[1]  # Ray ended with it
 
 
 @pytest.mark.slow
-def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, monkeypatch):
+def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, short, monkeypatch):
     """Two machines of one processor; one dies, later the head with the program; then once more."""
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}.items():
         monkeypatch.setenv(name, value)
@@ -133,23 +145,22 @@ def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, mo
     out = tmp_path / "out"
     variables = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
 
-    def cluster() -> Cluster:
-        return Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": str(short)}
 
-    first = cluster()
+    first = Cluster(True, head_node_args=head)
     try:
         lost = first.add_node(num_cpus=1)
         farm = start("--address", first.address, **variables)
-        until(lambda: out.is_dir() and len(results(out)) > 20, farm)
+        until(lambda: count(out) > 20, farm)
         first.remove_node(lost, allow_graceful=False)
-        seen = len(results(out))
-        until(lambda: len(results(out)) > seen + 20, farm)
+        seen = count(out)
+        until(lambda: count(out) > seen + 20, farm)
         farm.send_signal(signal.SIGKILL)
     finally:
         first.shutdown()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert 40 < len(kept) < COUNT
-    second = cluster()
+    second = Cluster(True, head_node_args=head)
     try:
         said = finish(start("--address", second.address, **variables))
     finally:
