@@ -15,7 +15,7 @@ from ..pictures.files import READABLE, check_writable
 from ..pictures.wrap import check_wrap
 from .cluster import Cluster
 from .places import Place
-from .worker import AGAIN, STOP, TOO_LARGE
+from .worker import AGAIN, FAILED, STOP, TOO_LARGE, Outcome
 
 
 def farm_pictures(args: argparse.Namespace) -> int:
@@ -84,47 +84,79 @@ def plan(source: Place, target: Place, args: argparse.Namespace) -> Jobs:
     return jobs
 
 
+class Rounds:
+    """What is left to do: again what failed, and with larger workers what is too large.
+
+    Args:
+        jobs: pictures by their paths below `source`.
+        retries: how often a picture that failed is tried again.
+        share, largest: bytes of RAM of a worker, and of the largest that there can be.
+    """
+
+    def __init__(self, jobs: Jobs, source: Place, retries: int, share: int, largest: int) -> None:
+        self.pending = {picture.as_posix(): result.as_posix() for picture, result in jobs.todo}
+        """Pictures of this round and their results."""
+        self.share, self.done = share, 0
+        self.failed: dict[str, str] = {}
+        """Why there is no result of a picture and will be none."""
+        self._results, self._source = self.pending, source
+        self._retries, self._largest = retries, largest
+        self._times, self._again = Counter[str](), list[str]()
+        self._large: dict[str, int] = {}
+
+    def note(self, outcome: Outcome) -> int:
+        """Keep how the work on a picture ended; returns how many pictures are settled by that.
+
+        Raises:
+            CommandError: no other picture would end better.
+        """
+        name = outcome.source
+        if outcome.state == STOP:
+            raise CommandError(outcome.reason)
+        if outcome.state == TOO_LARGE:
+            self._large[name] = outcome.needed_bytes
+            return 0
+        self._times[name] += 1
+        if outcome.state == AGAIN and self._times[name] <= self._retries:
+            self._again.append(name)
+            return 0
+        if outcome.state in (AGAIN, FAILED):
+            self.failed[name] = outcome.reason
+        else:
+            self.done += 1
+        return 1
+
+    def turn(self) -> int:
+        """Go on to the next round; returns how many pictures are too large for any."""
+        settled = 0
+        if not self._again and self._large:
+            least = min(self._large.values())
+            self.share = min(max(2 * self.share, least), self._largest)
+            self._again = [n for n, needed in self._large.items() if needed <= self._largest]
+            for name in self._large.keys() - set(self._again):
+                self.failed[name] = (
+                    f"{self._source.of(Path(name))}: needs at least"
+                    f" {gigabytes(self._large[name])} of RAM; the largest machine has"
+                    f" {gigabytes(self._largest)} for the farm"
+                )
+                settled += 1
+            self._large = {}
+        self.pending, self._again = {name: self._results[name] for name in self._again}, []
+        return settled
+
+
 def _run(jobs: Jobs, cluster: Cluster, source: Place, args: argparse.Namespace) -> None:
-    """Make what is to be done: in rounds, for what failed and for what needs larger workers."""
+    """Make what is to be done, and tell what failed at the end."""
     from tqdm import tqdm
 
-    pending = {picture.as_posix(): result.as_posix() for picture, result in jobs.todo}
-    results, times, failed = dict(pending), Counter[str](), dict[str, str]()
-    large: dict[str, int] = {}
-    share, done = cluster.share, 0
+    rounds = Rounds(jobs, source, args.retries, cluster.share, cluster.largest)
     try:
-        with tqdm(total=len(pending), unit="picture", disable=None) as bar:
-            while pending:
-                again: list[str] = []
-                for outcome in cluster.outcomes(pending, share):
-                    name = outcome.source
-                    if outcome.state == STOP:
-                        raise CommandError(outcome.reason)
-                    if outcome.state == TOO_LARGE:
-                        large[name] = outcome.needed_bytes
-                        continue
-                    times[name] += 1
-                    if outcome.state == AGAIN and times[name] <= args.retries:
-                        again.append(name)
-                        continue
-                    if outcome.reason:
-                        failed[name] = outcome.reason
-                    else:
-                        done += 1
-                    bar.update()
-                if not again and large:
-                    most = cluster.largest
-                    for name in [name for name, needed in large.items() if needed > most]:
-                        failed[name] = (
-                            f"{source.of(Path(name))}: needs at least {gigabytes(large.pop(name))}"
-                            f" of RAM; the largest machine has {gigabytes(most)} for the farm"
-                        )
-                        bar.update()
-                    if large:
-                        share = min(max(2 * share, min(large.values())), most)
-                    again, large = [*large], {}
-                pending = {name: results[name] for name in again}
+        with tqdm(total=len(rounds.pending), unit="picture", disable=None) as bar:
+            while rounds.pending:
+                for outcome in cluster.outcomes(rounds.pending, rounds.share):
+                    bar.update(rounds.note(outcome))
+                bar.update(rounds.turn())
     finally:
-        for name, reason in failed.items():
+        for name, reason in rounds.failed.items():
             jobs.fail(Path(name), reason)
-        say(f"{done} of {jobs.total} pictures made")
+        say(f"{rounds.done} of {jobs.total} pictures made")

@@ -145,7 +145,7 @@ def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, sh
     out = tmp_path / "out"
     variables = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
 
-    head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": str(short)}
+    head = {"num_cpus": 1, "temp_dir": str(short), "dashboard_agent_listen_port": None}
 
     first = Cluster(True, head_node_args=head)
     try:
