@@ -142,6 +142,8 @@ def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, sh
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
+    # nobody else's ray.init() shall find these clusters
+    monkeypatch.setattr("ray._private.utils.write_ray_address", lambda *_: None)
     out = tmp_path / "out"
     variables = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
 
@@ -157,7 +159,9 @@ def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, sh
         until(lambda: count(out) > seen + 20, farm)
         farm.send_signal(signal.SIGKILL)
     finally:
+        left = psutil.Process().children(recursive=True)
         first.shutdown()
+    assert not psutil.wait_procs(left, timeout=60)[1]  # nobody writes any more
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert 40 < len(kept) < COUNT
     second = Cluster(True, head_node_args=head)
