@@ -3,6 +3,11 @@
 Two plain processes that share the pictures out without Ray are what two workers could do at best
 beside whatever else the machine is doing. Runs take turns. Rates leave the start out: they count
 from the first result, with two workers from the second; the start stands beside them.
+
+On a machine that does other work too, two workers get less than two processors, whatever the farm
+does. `busy` is what the farm itself decides about: the share of the time in which a worker computed
+or waited for a processor, as Linux tells, and not for the farm. On free processors two workers make
+as much of twice the pictures as `busy` of two is of `busy` of one.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +78,12 @@ def run(kind: str, model: Path, count: int, px: int) -> dict[str, Any]:
             )
             for words in command
         ]
-        if any(process.wait() for process in processes):
+        samples = [busy_seconds(processes, plain)]
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.2)
+            if len([*target.glob("*.png")]) in range(workers, count):
+                samples.append(busy_seconds(processes, plain))
+        if any(process.returncode for process in processes):
             raise RuntimeError(f"{kind} failed")
         times = sorted(path.stat().st_mtime for path in target.glob("*.png"))
         if len(times) != count:
@@ -81,9 +92,29 @@ def run(kind: str, model: Path, count: int, px: int) -> dict[str, Any]:
         return {
             "pictures_a_minute": round(60 * (count - workers) / steady, 2),
             "first_result_after_s": round(times[0] - started, 1),
+            "busy": share(samples[1], samples[-1], workers),
             "whole_s": round(time.time() - started, 1),
             "load_before": round(load, 1),
         }
+
+
+def busy_seconds(processes: list[subprocess.Popen], plain: bool) -> tuple[float, float]:
+    """The time, and seconds in which the workers' busiest threads ran or waited for a processor."""
+    total = 0.0
+    for process in processes:
+        with suppress(psutil.Error, OSError):
+            root = psutil.Process(process.pid)
+            found = [root] if plain else root.children(recursive=True)
+            for worker in found:
+                if plain or worker.cmdline()[0].startswith("ray::MapWorker"):
+                    threads = Path(f"/proc/{worker.pid}/task").glob("*/schedstat")
+                    total += max(sum(map(int, t.read_text().split()[:2])) for t in threads) / 1e9
+    return time.monotonic(), total
+
+
+def share(first: tuple[float, float], last: tuple[float, float], workers: int) -> float:
+    """Of the time between two samples, what a worker was busy."""
+    return round((last[1] - first[1]) / (last[0] - first[0]) / workers, 3)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,8 +127,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if len(rates) < len(KINDS):
         return {"pictures_a_minute": rates}
     one, two, plain = (rates[kind] for kind in KINDS)
+    busy = {k: statistics.median(r["busy"] for r in runs if r["kind"] == k) for k in KINDS}
     return {
         "pictures_a_minute": rates,
+        "busy": busy,
+        "busy_of_two_over_one": round(busy[KINDS[1]] / busy[KINDS[0]], 3),
         "two_workers_of_twice_one": round(two / (2 * one), 3),
         "two_workers_of_two_plain_processes": round(two / plain, 3),
     }

@@ -140,6 +140,7 @@ def test_a_machine_and_then_the_head_are_lost(model, folder, start, tmp_path, sh
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # every machine needs the package
     from ray.cluster_utils import Cluster
 
     # nobody else's ray.init() shall find these clusters
