@@ -98,23 +98,31 @@ def run(kind: str, model: Path, count: int, px: int) -> dict[str, Any]:
         }
 
 
-def busy_seconds(processes: list[subprocess.Popen], plain: bool) -> tuple[float, float]:
-    """The time, and seconds in which the workers' busiest threads ran or waited for a processor."""
-    total = 0.0
+Busy = dict[tuple[int, str], float]
+"""Seconds in which threads, by process and name, ran or waited for a processor."""
+
+
+def busy_seconds(processes: list[subprocess.Popen], plain: bool) -> tuple[float, Busy]:
+    """The time, and what the threads of the workers had done by then."""
+    found: Busy = {}
     for process in processes:
         with suppress(psutil.Error, OSError):
             root = psutil.Process(process.pid)
-            found = [root] if plain else root.children(recursive=True)
-            for worker in found:
+            for worker in [root] if plain else root.children(recursive=True):
                 if plain or worker.cmdline()[0].startswith("ray::MapWorker"):
-                    threads = Path(f"/proc/{worker.pid}/task").glob("*/schedstat")
-                    total += max(sum(map(int, t.read_text().split()[:2])) for t in threads) / 1e9
-    return time.monotonic(), total
+                    for file in Path(f"/proc/{worker.pid}/task").glob("*/schedstat"):
+                        ran, waited = map(int, file.read_text().split()[:2])
+                        found[worker.pid, file.parent.name] = (ran + waited) / 1e9
+    return time.monotonic(), found
 
 
-def share(first: tuple[float, float], last: tuple[float, float], workers: int) -> float:
-    """Of the time between two samples, what a worker was busy."""
-    return round((last[1] - first[1]) / (last[0] - first[0]) / workers, 3)
+def share(first: tuple[float, Busy], last: tuple[float, Busy], workers: int) -> float:
+    """Of the time between two samples, what the busiest threads of the workers were busy."""
+    most: dict[int, float] = {}
+    for (pid, thread), seconds in last[1].items():
+        worked = seconds - first[1].get((pid, thread), 0.0)
+        most[pid] = max(most.get(pid, 0.0), worked)
+    return round(sum(most.values()) / (last[0] - first[0]) / workers, 3)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
