@@ -26,7 +26,7 @@ from ..pictures.prepare import target_size
 from .places import Place
 
 _PROCESS_BYTES = 600e6
-"""Of a worker before it loads a model: Python, torch and Ray; measured 430 MB (docs/scale.md)."""
+"""Of a worker before it loads a model: Python, torch and Ray; 417 MB were seen, on Linux."""
 
 _RESULT_BYTES_PER_PX = 3 * 4
 """Float32 RGB."""
