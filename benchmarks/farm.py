@@ -82,7 +82,9 @@ def run(kind: str, model: Path, count: int, px: int) -> dict[str, Any]:
         while any(process.poll() is None for process in processes):
             time.sleep(0.2)
             if len([*target.glob("*.png")]) in range(workers, count):
-                samples.append(busy_seconds(processes, plain))
+                now, found = busy_seconds(processes, plain)
+                # at the end Ray lets a worker go before the last picture of another
+                samples.append((now, samples[-1][1] | found))
         if any(process.returncode for process in processes):
             raise RuntimeError(f"{kind} failed")
         times = sorted(path.stat().st_mtime for path in target.glob("*.png"))

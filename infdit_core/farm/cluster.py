@@ -164,7 +164,7 @@ class Cluster:
                 min_size=1,
                 initial_size=min(count, len(rows)),
                 max_size=args.workers,  # else the farm grows with its cluster
-                max_tasks_in_flight_per_actor=2,
+                max_tasks_in_flight_per_actor=1,  # none waits behind one while another is idle
             ),
             fn_constructor_args=(options, *places, share, _Begin(ledger)),
             memory=share,
