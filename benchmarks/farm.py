@@ -1,8 +1,9 @@
 """Pictures a minute of `infdit farm`, with one worker and with two, of one thread each.
 
 Two plain processes that share the pictures out without Ray are what two workers could do at best
-beside whatever else the machine is doing. Runs take turns. Rates leave the start out: they count
-from the first result, with two workers from the second; the start stands beside them.
+on a quiet machine; on a busy one Linux may give Ray's processes, each a session of its own, more
+than their part. Runs take turns. Rates leave the start out: they count from the first result, with
+two workers from the second; the start stands beside them.
 
 On a machine that does other work too, two workers get less than two processors, whatever the farm
 does. `busy` is what the farm itself decides about: the share of the time in which a worker computed
