@@ -79,7 +79,9 @@ class LocalStripSampler(Sampler):
         result = torch.empty_like(canvas.concat, dtype=torch.float32, device="cpu")
 
         def compute(strip: Strip, _: torch.device) -> None:
-            settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Sampler) if f.init}
+            settings: dict[str, Any] = {
+                f.name: getattr(self, f.name) for f in fields(Sampler) if f.init
+            }
             settings["model"] = own[strip.chunk]
             sampler = Sampler(**settings)
             if strip.link.has_after:  # the last strip is done last, and tells how far all are

@@ -35,6 +35,7 @@ TEST_TOOLS = (
     "hypothesis==6.155.2",
     "bandit==1.9.4",
     "piq==0.8.0",
+    "ray[data]==2.60.0",
     "pillow-heif==1.8.1",
     "playwright==1.65.2",
     "ruff==0.17.6",

@@ -167,8 +167,8 @@ class Upscaler:
             if not is_out_of_memory(error) or self.args.ranks:
                 raise
             raise CommandError(
-                f"{source}: the memory of {self.device} is too small for --schedule"
-                f" {self.args.schedule}; try block-major or layer-major with few --blocks"
+                f"the memory of {self.device} is too small for --schedule {self.args.schedule};"
+                " try block-major or layer-major with few --blocks"
             ) from error
         if self.args.ranks and not self.args.ranks.first:
             return
@@ -203,7 +203,7 @@ class Upscaler:
                 preset,
                 args.seed,
                 args.denoise,
-                _schedule(args),
+                chosen_schedule(args),
                 self._memory(),
                 args.reuse_layers or 0,
                 progress.step,
@@ -337,7 +337,7 @@ def check_schedule(args: argparse.Namespace) -> None:
         raise UsageError("--memory goes with --schedule auto")
 
 
-def _schedule(args: argparse.Namespace) -> Schedule | None:
+def chosen_schedule(args: argparse.Namespace) -> Schedule | None:
     """The order that was asked for; None for the fastest that fits."""
     if args.schedule == "full":
         return Full()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from torch import Tensor
 
@@ -68,13 +68,14 @@ class Jobs:
             ends = alone or self.single or is_disk_full(error)
             if self.debug or (ends and isinstance(error, InfDiTError)):
                 raise
-            reason = str(error)
-            if isinstance(error, OSError):
-                reason = f"{error.filename or source}: {error.strerror or error}"
             if ends:
-                raise CommandError(reason) from error
-            self.failed[source] = reason = _named(source, reason)
-            self.tell(f"error: {reason}")
+                raise CommandError(_said(error, source)) from error
+            self.fail(source, reason_of(error, source))
+
+    def fail(self, source: Path, reason: str) -> None:
+        """Tell why a picture could not be made."""
+        self.failed[source] = reason
+        self.tell(f"error: {reason}")
 
     def summary(self) -> str:
         """What went wrong in a run over several pictures."""
@@ -108,8 +109,9 @@ def plan_jobs(
         raise CommandError(f"{output} is one file; expected a folder for several pictures")
     jobs = Jobs(tell, single, debug)
     sources = _sources(inputs, output, recursive, jobs)
-    targets = [output] if one_file else [output / name for name in _names(sources, suffix, tell)]
-    clashes = _clashes(targets, output)
+    belows = [below for _, below in sources]
+    targets = [output] if one_file else [output / n for n in result_names(belows, suffix, tell)]
+    clashes = find_clashes(targets, output)
     originals = set()
     for source, _ in sources:
         with suppress(OSError):
@@ -203,13 +205,20 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
-def _named(source: Path, reason: str) -> str:
-    """A reason that names the picture once, as it was given."""
-    for name in (str(source), source.name):
+def reason_of(error: Exception, source: Path | str) -> str:
+    """What went wrong, in words that name the picture once, as it was given."""
+    reason = _said(error, source)
+    for name in (str(source), PurePath(source).name):
         rest = reason.removeprefix(name)
         if rest != reason and rest[:1] in (" ", ":"):
             return f"{source}{rest}"
     return f"{source}: {reason}"
+
+
+def _said(error: Exception, source: Path | str) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or source}: {error.strerror or error}"
+    return str(error)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -251,16 +260,14 @@ def _sources(
     return list(sources.values())
 
 
-def _names(
-    sources: list[tuple[Path, Path]], suffix: str, tell: Callable[[str], None]
-) -> list[Path]:
+def result_names(belows: list[Path], suffix: str, tell: Callable[[str], None]) -> list[Path]:
     """The results' paths below the output folder: the pictures', with the suffix of the format.
 
     Pictures that differ in their suffixes only keep them, as in anim.gif.png and anim.webp.png.
     All of them do: if the first did not, then its result would be taken for that of the other when
     the other comes to the folder after a first run.
     """
-    names = [below.with_name(f"{below.stem}.{suffix}") for _, below in sources]
+    names = [below.with_name(f"{below.stem}.{suffix}") for below in belows]
     longer: set[int] = set()
     while True:
         times = Counter(map(_folded, names))
@@ -268,8 +275,7 @@ def _names(
         if not new:
             break
         for n in new:
-            below = sources[n][1]
-            names[n] = below.with_name(f"{below.name}.{suffix}")
+            names[n] = belows[n].with_name(f"{belows[n].name}.{suffix}")
         longer |= new
     times = Counter(map(_folded, names))
     kept = [str(names[n]) for n in sorted(longer) if times[_folded(names[n])] == 1]
@@ -278,11 +284,11 @@ def _names(
     return names
 
 
-def _clashes(targets: list[Path], output: Path) -> set[int]:
-    """Numbers of the targets that would be one file."""
+def find_clashes(targets: list[Path], output: Path | None) -> set[int]:
+    """Numbers of the targets that would be one file; None for a store that heeds case."""
     folded, exact = Counter(map(_folded, targets)), Counter(targets)
     clashes = {n for n, target in enumerate(targets) if folded[_folded(target)] > 1}
-    if any(exact[targets[n]] == 1 for n in clashes) and not _ignores_case(output):
+    if any(exact[targets[n]] == 1 for n in clashes) and not (output and _ignores_case(output)):
         clashes = {n for n in clashes if exact[targets[n]] > 1}
     return clashes
 

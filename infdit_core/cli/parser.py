@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checkpoints.load import BUNDLED_FOLDER
 from ..dimr.sampling import CFG_SCALE, EVALUATIONS, STEPS
+from ..farm.command import farm_pictures
 from ..network.config import DTYPES
 from ..pictures.colour_fix import COLOUR_FIXES
 from ..pictures.wrap import WRAPS
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_upscale(commands, common)
     _add_generate(commands, common)
+    _add_farm(commands, common)
     _add_convert(commands, common)
     _add_inspect(commands, common)
     _add_plan(commands, common)
@@ -59,6 +61,65 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         " one name; of several pictures those whose result is there are left"
         " alone, so a run that was cut off goes on",
     )
+    _add_picture_options(parser)
+
+
+def _add_farm(commands, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "farm",
+        parents=[common],
+        help="upscale a folder on all processors of this machine or a cluster, with Ray",
+        description="Upscale the pictures of a folder on all processors of this machine, or on a"
+        " Ray cluster. Results, names and options are those of `infdit upscale`. Results that are"
+        " there are left alone, so a run that was cut off goes on. Needs comfyui-infdit[farm].",
+    )
+    parser.set_defaults(command=farm_pictures, start=None, device=None, ranks=None, scratch=None)
+    parser.add_argument(
+        "source", metavar="IN", help="a folder of pictures, or its URL, such as s3://bucket/in"
+    )
+    parser.add_argument("target", metavar="OUT", help="the folder of the results, or its URL")
+    _add_picture_options(parser, farm=True)
+
+    farm = parser.add_argument_group(
+        "farm", "A worker is a process that holds the model and makes one picture at a time."
+    )
+    farm.add_argument(
+        "--address",
+        help="of a Ray cluster, as 10.0.0.1:6379, or auto; every machine of it needs this package,"
+        " the model and the folders under the same names (default: this machine alone)",
+    )
+    farm.add_argument(
+        "--workers", type=_positive, help="the most at once (default: as many as there is room for)"
+    )
+    farm.add_argument(
+        "--cpus-per-actor",
+        type=_positive,
+        default=1,
+        help="processors, and threads, of a worker (default: %(default)s)",
+    )
+    farm.add_argument(
+        "--gpus-per-actor",
+        type=_count,
+        help="GPUs of a worker, which take a strip each of its picture; 0 computes on the CPU"
+        " (default: 1 where the farm has GPUs, else 0)",
+    )
+    farm.add_argument(
+        "--memory-per-actor",
+        type=_bytes,
+        help="RAM of a worker, such as 8GB; pictures that need more come last, with fewer workers"
+        " (default: a machine's share of it)",
+    )
+    farm.add_argument(
+        "--retries",
+        type=_count,
+        default=2,
+        help="how often a picture that failed, or whose worker died, is tried again"
+        " (default: %(default)s)",
+    )
+
+
+def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False) -> None:
+    """What `upscale` and `farm` let one choose for a picture."""
     parser.add_argument(
         "--format",
         choices=("png", "tif", "webp", "jpg"),
@@ -134,12 +195,13 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
         help="correct the result so many times that, reduced again, it equals the picture"
         " (default: what the preset asks for, mostly 0)",
     )
-    sampling.add_argument(
-        "--start",
-        type=Path,
-        help="another upscaler's picture of the one input, to start from in place of the enlarged"
-        " input; --denoise says how much of it is drawn again",
-    )
+    if not farm:
+        sampling.add_argument(
+            "--start",
+            type=Path,
+            help="another upscaler's picture of the one input, to start from in place of the"
+            " enlarged input; --denoise says how much of it is drawn again",
+        )
     sampling.add_argument(
         "--wrap",
         choices=WRAPS,
@@ -180,9 +242,10 @@ def _add_upscale(commands, common: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group(
         "speed and memory (none changes the picture, but the dtype)"
     )
-    machine.add_argument(
-        "--device", help="such as cpu or cuda:1 (default: cuda where there is one)"
-    )
+    if not farm:
+        machine.add_argument(
+            "--device", help="such as cpu or cuda:1 (default: cuda where there is one)"
+        )
     machine.add_argument(
         "--gpus",
         type=_positive,

@@ -26,8 +26,8 @@ class Found:
     """Sub-folders that were not looked into."""
     unreadable: dict[Path, OSError] = field(default_factory=dict)
 
-    def left_out(self, folder: Path) -> str:
-        """One line for the user, "" if nothing is left out."""
+    def left_out(self, folder: Path, name: str = "") -> str:
+        """One line for the user, "" if nothing is left out; it calls the folder by a `name`."""
         parts = []
         if n := len(self.others):
             names = shown([str(path.relative_to(folder)) for path in self.others])
@@ -36,7 +36,7 @@ class Found:
         if n := len(self.folders):
             what, them = ("sub-folders are", "them") if n > 1 else ("sub-folder is", "it")
             parts.append(f"{n} {what} left out; --recursive takes {them}")
-        return f"{folder}: {', '.join(parts)}" if parts else ""
+        return f"{name or folder}: {', '.join(parts)}" if parts else ""
 
 
 def search(folder: Path, recursive: bool, leave_out: Collection[Identity] = ()) -> Found:
