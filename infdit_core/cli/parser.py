@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.load import BUNDLED_FOLDER
-from ..dimr.sampling import CFG_SCALE, EVALUATIONS, STEPS
+from ..dimr.sampling import CFG_SCALE, EVALUATIONS
 from ..farm.command import farm_pictures
 from ..network.config import DTYPES
 from ..pictures.colour_fix import COLOUR_FIXES
 from ..pictures.wrap import WRAPS
 from ..sampling import AUTO, PRESETS, SOLVERS
-from ..scratch import Scratch, ScratchError
 from .commands import convert_file, inspect, plan_table, upscale_files
 from .generate import generate_files
+from .values import (
+    byte_count,
+    count,
+    evaluation_count,
+    few,
+    positive,
+    scratch_folder,
+    seed,
+    share,
+    size_in_pixels,
+    up_to_100,
+)
 
 _BUNDLED_MODEL = BUNDLED_FOLDER / "infdit_small.safetensors"
 
@@ -89,29 +96,29 @@ def _add_farm(commands, common: argparse.ArgumentParser) -> None:
         " the model and the folders under the same names (default: this machine alone)",
     )
     farm.add_argument(
-        "--workers", type=_positive, help="the most at once (default: as many as there is room for)"
+        "--workers", type=positive, help="the most at once (default: as many as there is room for)"
     )
     farm.add_argument(
         "--cpus-per-actor",
-        type=_positive,
+        type=positive,
         default=1,
         help="processors, and threads, of a worker (default: %(default)s)",
     )
     farm.add_argument(
         "--gpus-per-actor",
-        type=_count,
+        type=count,
         help="GPUs of a worker, which take a strip each of its picture; 0 computes on the CPU"
         " (default: 1 where the farm has GPUs, else 0)",
     )
     farm.add_argument(
         "--memory-per-actor",
-        type=_bytes,
+        type=byte_count,
         help="RAM of a worker, such as 8GB; pictures that need more come last, with fewer workers"
         " (default: a machine's share of it)",
     )
     farm.add_argument(
         "--retries",
-        type=_count,
+        type=count,
         default=2,
         help="how often a picture that failed, or whose worker died, is tried again"
         " (default: %(default)s)",
@@ -161,13 +168,13 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
     )
     target.add_argument(
         "--size",
-        type=_positive,
+        type=positive,
         help="the longer side in pixels, instead; never less than the picture's own",
     )
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--seed", type=_seed, default=0, help="chooses the invented detail (default: %(default)s)"
+        "--seed", type=seed, default=0, help="chooses the invented detail (default: %(default)s)"
     )
     sampling.add_argument(
         "--preset",
@@ -176,7 +183,7 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
         help="auto is what the model's file asks for, else exact; exact is the authors' choice;"
         " fast takes a third of its time, draft a sixth (default: %(default)s)",
     )
-    sampling.add_argument("--steps", type=_positive, help="instead of the preset's")
+    sampling.add_argument("--steps", type=positive, help="instead of the preset's")
     sampling.add_argument(
         "--solver",
         choices=sorted(SOLVERS),
@@ -184,14 +191,14 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
     )
     sampling.add_argument(
         "--denoise",
-        type=_share,
+        type=share,
         default=1.0,
         help="part of the noise and of the steps, 0 to 1; less keeps closer to the picture, 0 is"
         " the enlarged picture that sampling starts from (default: %(default)g)",
     )
     sampling.add_argument(
         "--consistency",
-        type=_count,
+        type=count,
         help="correct the result so many times that, reduced again, it equals the picture"
         " (default: what the preset asks for, mostly 0)",
     )
@@ -246,13 +253,21 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
         machine.add_argument(
             "--device", help="such as cpu or cuda:1 (default: cuda where there is one)"
         )
-    machine.add_argument(
-        "--gpus",
-        type=_positive,
-        default=1,
-        help="so many GPUs work on each picture, a strip each; with --device cpu so many processes"
-        " (default: %(default)s)",
-    )
+        machine.add_argument(
+            "--gpus",
+            type=positive,
+            default=1,
+            help="so many GPUs work on each picture, a strip each; with --device cpu so many processes"
+            " (default: %(default)s)",
+        )
+        machine.add_argument(
+            "--scratch",
+            type=scratch_folder,
+            metavar="DIR",
+            help="keep pictures in files of this folder, on a fast disk: memory then grows with the"
+            " side of a result and no more with its area; and what each step leaves, from which the"
+            " same command goes on after the run was killed",
+        )
     machine.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -266,17 +281,9 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
     )
     machine.add_argument(
         "--memory",
-        type=_bytes,
+        type=byte_count,
         help="what auto may take on the device, such as 8GB (default: what is free on a GPU, no"
         " limit on the CPU)",
-    )
-    machine.add_argument(
-        "--scratch",
-        type=_scratch,
-        metavar="DIR",
-        help="keep pictures in files of this folder, on a fast disk: memory then grows with the"
-        " side of a result and no more with its area; and what each step leaves, from which the"
-        " same command goes on after the run was killed",
     )
     machine.add_argument(
         "--compile",
@@ -285,7 +292,7 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
     )
     machine.add_argument(
         "--blocks",
-        type=_positive,
+        type=positive,
         help="side of the square of blocks that block-major takes at a time, or the number of"
         " blocks that layer-major does (default: 1)",
     )
@@ -293,7 +300,7 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
     faster = parser.add_argument_group("faster and not exact")
     faster.add_argument(
         "--reuse-layers",
-        type=_positive,
+        type=positive,
         help="leave out this many of the last layers where heun evaluates a noise level for the"
         " second time, and add what they added the first time",
     )
@@ -326,7 +333,7 @@ def _add_generate(commands, common: argparse.ArgumentParser) -> None:
         " the pictures take turns",
     )
     parser.add_argument(
-        "--count", type=_few, default=1, help="pictures, all drawn at once (default: %(default)s)"
+        "--count", type=few, default=1, help="pictures, all drawn at once (default: %(default)s)"
     )
     parser.add_argument(
         "-o",
@@ -342,22 +349,22 @@ def _add_generate(commands, common: argparse.ArgumentParser) -> None:
         help="a VAE of Stable Diffusion 1.5, or a whole checkpoint of it: writes pictures (.png)."
         " Without it latents are written (.latent), for ComfyUI's node Load Latent",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--evaluations",
-        type=_evaluations,
+        type=evaluation_count,
         default=EVALUATIONS,
         help="of the network, twice where it is guided (default: %(default)s, as the authors)",
     )
     parser.add_argument(
         "--cfg",
-        type=_to_100,
+        type=up_to_100,
         default=CFG_SCALE,
         help="strength of guidance, 1 for none (default: %(default)g, as the authors)",
     )
     parser.add_argument(
         "--cfg-exponent",
-        type=_to_100,
+        type=up_to_100,
         help="lets guidance grow from 1 to --cfg, the later the higher this is (default: the same"
         " guidance at all times)",
     )
@@ -404,10 +411,12 @@ def _add_plan(commands, common: argparse.ArgumentParser) -> None:
         " the memory each takes at its peak, weights included.",
     )
     parser.set_defaults(command=plan_table)
-    parser.add_argument("--size", type=_size, required=True, help="of the result, as 4096x4096")
-    parser.add_argument("--memory", type=_bytes, help="what may be taken, as 8GB")
     parser.add_argument(
-        "--ram", type=_bytes, help="what may wait in RAM, as 32GB; default: what is free here"
+        "--size", type=size_in_pixels, required=True, help="of the result, as 4096x4096"
+    )
+    parser.add_argument("--memory", type=byte_count, help="what may be taken, as 8GB")
+    parser.add_argument(
+        "--ram", type=byte_count, help="what may wait in RAM, as 32GB; default: what is free here"
     )
     parser.add_argument(
         "--scratch", action="store_true", help="with pictures in files, as upscale --scratch DIR"
@@ -415,46 +424,3 @@ def _add_plan(commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=_BUNDLED_MODEL, help="a model file")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-
-
-def _bytes(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)?", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"expected an amount of memory such as 8GB, got {text!r}")
-    unit = {"mb": 1e6, "mib": 2**20, "gib": 2**30}.get((match[2] or "GB").lower(), 1e9)
-    return float(match[1]) * unit
-
-
-def _scratch(text: str) -> Scratch:
-    try:
-        return Scratch(text)
-    except ScratchError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", text)
-    if not match or not int(match[1]) * int(match[2]):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def _number(kind: Callable, fits: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
-    """What reads an int or a float, and says what was `expected` where it does not fit."""
-
-    def parse(text: str) -> Any:
-        with suppress(ValueError):
-            if fits(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-
-    return parse
-
-
-_share = _number(float, lambda n: 0 <= n <= 1, "a number from 0 to 1")
-_count = _number(int, lambda n: n >= 0, "a whole number of at least 0")
-_positive = _number(int, lambda n: n >= 1, "a whole number of at least 1")
-_few = _number(int, lambda n: 1 <= n <= 10_000, "a whole number of 1 to 10000")
-_evaluations = _number(int, lambda n: 1 <= n <= STEPS, f"a whole number of 1 to {STEPS}")
-_to_100 = _number(float, lambda n: 0 <= n <= 100, "a number from 0 to 100")
-_seed = _number(int, lambda n: 0 <= n <= 2**64 - 1, "a number from 0 to 2^64 - 1")

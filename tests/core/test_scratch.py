@@ -272,7 +272,9 @@ def test_the_command_goes_on_after_a_kill(bundled, tmp_path: Path):
     assert first.wait() != 0
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "going on after step" in again.stderr
-    expected = upscale(read_image(picture)[0], 4.0, model=bundled, preset="draft")
+    with Scratch(tmp_path / "other") as other:
+        image, _ = read_image(picture)
+        expected = upscale(image, 4.0, model=bundled, preset="draft", scratch=other)
     write_image(tmp_path / "b.png", expected)
     (a, _), (b, _) = read_image(tmp_path / "a.png"), read_image(tmp_path / "b.png")
     assert torch.equal(a, b)
