@@ -257,8 +257,8 @@ def _add_picture_options(parser: argparse.ArgumentParser, *, farm: bool = False)
             "--gpus",
             type=positive,
             default=1,
-            help="so many GPUs work on each picture, a strip each; with --device cpu so many processes"
-            " (default: %(default)s)",
+            help="so many GPUs work on each picture, a strip each; with --device cpu so many"
+            " processes (default: %(default)s)",
         )
         machine.add_argument(
             "--scratch",
