@@ -14,6 +14,7 @@ from .network.config import InfDiTConfig
 from .network.model import InfDiT
 from .pictures.prepare import Canvas, prepare
 from .sampling import PRESETS, SOLVERS, Step, sample
+from .scratch import Scratch
 from .upscale import Sampler, upscale
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "PlanError",
     "Sampler",
     "Schedule",
+    "Scratch",
     "Step",
     "edm_sigmas",
     "load_model",

@@ -185,8 +185,11 @@ class Sampler:
             return Adaptive(found, memory, first=lean_plan(found, memory, ram), host_bytes=ram)
         return Adaptive(lambda: plans(work), memory, first=small_plan(work, memory), host_bytes=ram)
 
-    def require_scratch(self, size: tuple[int, int]) -> None:
-        """Refuse a (height, width) whose pictures do not fit the disk, or that cannot be in files.
+    def require_scratch(self, source: tuple[int, int], size: tuple[int, int]) -> None:
+        """Refuse a pass whose pictures do not fit the disk, or cannot be in files.
+
+        Args:
+            source, size: (height, width) of the picture and of the result.
 
         Raises:
             InfDiTError: says what is needed.
@@ -201,7 +204,10 @@ class Sampler:
         block, solver = self.block_px, cast("Preset", self.preset).solver
         height, width = (math.ceil(side / block) * block for side in size)
         pictures = 1 + SOLVER_PICTURES[solver] + 2 * STATE_PICTURES[solver]
-        needed = (pictures + 3 / LR_SCALE**2) * 3 * 4 * height * width
+        needed = pictures * height * width
+        if self.model.prior is not None:  # its picture before it is reduced
+            needed = max(needed, height * width + (1 + LR_SCALE**2) * math.prod(source))
+        needed = 3 * 4 * (needed + 3 / LR_SCALE**2 * height * width)
         self.scratch.require(needed, f"{size[1]}×{size[0]} px")
 
     def _state(self, canvas: Canvas, sigmas: Tensor) -> State | None:
@@ -343,14 +349,13 @@ def upscale(
         check_start(start, len(image), size)
     if mask is not None:
         mask = check_mask(mask, len(image), size)
-    empty = in_memory
+    passes, empty = pass_sizes(source_size, size), in_memory
     if isinstance(draw, Sampler) and draw.scratch is not None:
         _check_scratch(image, start, wrap, mask)
-        draw.require_scratch(size)
+        draw.require_scratch([source_size, *passes][-2], size)
         empty = draw.empty
     else:
         require_memory(size, draw.device, results=len(image))
-    passes = pass_sizes(source_size, size)
     results = []
     for i, source in enumerate(image.split(1)):
         picture = kept = source = fill_invisible(source, wrap)

@@ -26,6 +26,7 @@ from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
 from infdit_core.pictures.colour_fix import COLOUR_FIXES, fix_colours
 from infdit_core.pictures.prepare import prepare
+from infdit_core.scratch import in_memory
 from tests.fake_cuda import Machine
 from tools.comfy_server import ROOT
 
@@ -43,6 +44,7 @@ CASES = {
     "frontier on host, larger chunks": {"schedule": BlockMajor(2, True, keep_lr=False)},
     "frontier on host, streamed": {"schedule": BlockMajor(2, True, False, "cpu", True)},
     "frontier on host, cancelled": {"schedule": BlockMajor(1, True), "cancel": 15},
+    "pictures in files": {"schedule": BlockMajor(2, True, keep_lr=False), "files": True},
     "LR anew": {"schedule": LayerMajor(2, keep_lr=False)},
     "tokens on host": {"schedule": LayerMajor(2, **HOST)},
     "tokens on host, one chunk": {"schedule": LayerMajor(12, **HOST)},
@@ -110,6 +112,7 @@ def apart(case) -> dict[str, int]:
 def sampling_run(
     *, schedule=None, cache=0, out_of_memory=False, cancel=0,
     dtype=torch.bfloat16, sabotage=False, unpinned=False, counts=False,
+    files=False,
 ) -> dict[str, int]:  # fmt: skip
     """Two evaluations of a small network, and what was wrong with them.
 
@@ -160,10 +163,11 @@ def sampling_run(
                     retry=retry,
                     progress=progress,
                     cache=ResidualCache(cache) if cache else None,
+                    empty=(lambda shape, device: torch.empty(shape)) if files else in_memory,
                 )
             except KeyboardInterrupt:
                 return problems(machine, cells)
-            on_host = schedule is not None and schedule.pictures_device is not None
+            on_host = files or (schedule is not None and schedule.pictures_device is not None)
             if x.device.type != ("cpu" if on_host else "cuda"):
                 machine.problems[f"the result is on {x.device}"] += 1
             canvas.finish(x)
