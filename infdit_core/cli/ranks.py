@@ -156,7 +156,8 @@ def _rank(work: Work, args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     ranks: Ranks = args.ranks
-    ranks.rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    ranks.rank = dist.get_rank()
     if not ranks.first:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - to the end
     try:
@@ -165,14 +166,12 @@ def _rank(work: Work, args: argparse.Namespace) -> int:
         else:
             args.device = f"cuda:{ranks.rank}"
             torch.cuda.set_device(ranks.rank)
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         return work(args)
     except BaseException as error:
         ranks.fail(error)
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _kind(error: BaseException) -> str:

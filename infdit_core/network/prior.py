@@ -94,6 +94,7 @@ class Prior(nn.Module):
             inside = slice(LR_SCALE * (top - first), LR_SCALE * (bottom - first))
             correction = self(band)[:, :, inside]
             picture[:, :, LR_SCALE * top : LR_SCALE * bottom] += correction.to(picture)
+            del band, correction  # they would live into the next turn
         return picture
 
 
