@@ -190,7 +190,7 @@ def prepare(
         upscale_by: how many times wider and higher the result is, rounded to whole pixels.
         size: (height, width) of the result in pixels, instead of `upscale_by`.
         block_px: side of a block of the model, `config.block_px`.
-        empty: makes room for the pictures of the canvas.
+        empty: makes room for the pictures of a large canvas; those of a small one are in memory.
 
     Raises:
         PreparationError: not a picture, not finite, or a size of nothing.
@@ -213,8 +213,6 @@ def prepare(
     concat = resize(source, scale, padded).clamp(-1, 1)
     lr_scale = tuple(s / LR_SCALE for s in scale)
     lr = resize(source, lr_scale, tuple(p // LR_SCALE for p in padded))
-    if empty is not in_memory:
-        concat, lr = (empty(picture.shape).copy_(picture) for picture in (concat, lr))
     return Canvas(concat, lr, *size, image, alpha)
 
 
