@@ -32,6 +32,12 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """The processes import the work that they are given from here."""
+    monkeypatch.syspath_prepend(ROOT)
+
+
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """Seven lines of blocks, uneven in three strips; a wide one; and a single block."""
