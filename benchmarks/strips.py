@@ -24,7 +24,7 @@ import torch.distributed as dist
 from infdit_core import prepare
 from infdit_core.blocks.grid import Grid
 from infdit_core.cli.ranks import run_on_ranks
-from infdit_core.distributed import DistributedLink, StripSampler
+from infdit_core.distributed import StripSampler
 from infdit_core.network.config import DTYPES
 from infdit_core.sampling import Preset
 
@@ -38,26 +38,20 @@ def measure(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     device = torch.device(args.device)
     model = common.build(CONFIGS[args.config], DTYPES[args.dtype], device)
-    sent = []
-    send = DistributedLink.send
-
-    def counted(link, layer, line):
-        sent.append(line.nbytes)
-        send(link, layer, line)
-
-    DistributedLink.send = counted  # type: ignore[method-assign] - to count
     block = model.config.block_px
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, args.size // 4, args.size // 4, 3, generator=generator)
     canvas = prepare(image, 4.0, block_px=block)
     draw = StripSampler(model, Preset("euler", args.steps))
     draw(prepare(image[:, : block // 2, : block // 2], 4.0, block_px=block))  # warms up
-    sent.clear()
+    before = draw.sent_bytes
     dist.barrier()
     started = time.perf_counter()
     picture = draw(canvas)
     took = time.perf_counter() - started
-    total = torch.tensor(sum(sent), device=device if dist.get_backend() == "nccl" else "cpu")
+    total = torch.tensor(
+        draw.sent_bytes - before, device=device if dist.get_backend() == "nccl" else "cpu"
+    )
     dist.all_reduce(total)
     if args.ranks.first:
         row = [took, hashlib.sha256(picture.numpy().tobytes()).hexdigest(), int(total)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,9 @@ class StripSampler(Sampler):
     the bit.
     """
 
+    sent_bytes: int = field(default=0, init=False)
+    """Keys and values that this process has sent so far."""
+
     def __call__(self, canvas: Canvas) -> Tensor:
         px, grid = self.block_px, _grid(canvas, self.block_px)
         ranks = min(dist.get_world_size(), grid.lines)
@@ -113,6 +116,7 @@ class StripSampler(Sampler):
             noise = _noise(canvas, self.seed, *strip.chunk.scaled(px))
             own = self.draw(_part(canvas, strip, px), noise, strip)
             link.flush()
+            self.sent_bytes += link.sent_bytes
         return self._gathered(own, canvas.concat, chunks)
 
     def _gathered(self, own: Tensor | None, like: Tensor, chunks: list[Chunk]) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -47,27 +46,21 @@ class StripsStopped(RuntimeError):
     """Another strip has failed, whose error says why."""
 
 
-class LocalLinks(Sequence["_LocalLink"]):
-    """Links of strips in one process, a thread each.
+class LocalLinks:
+    """Links of strips in one process, a thread each: `links`, from the first strip to the last.
 
     Args:
-        devices: of the strips. Between two of them lines are copied on a stream of their own.
+        count: of the strips. Between GPUs lines are copied on a stream of their own.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, count: int) -> None:
         self._stop = threading.Event()
-        queues = [queue.Queue(_WAITING_LINES) for _ in devices[1:]]
+        queues = [queue.Queue(_WAITING_LINES) for _ in range(count - 1)]
         befores, afters = [None, *queues], [*queues, None]
-        self._links = [
+        self.links = [
             _LocalLink(before, after, self._stop)
             for before, after in zip(befores, afters, strict=True)
         ]
-
-    def __getitem__(self, index):  # type: ignore[override] - no slices
-        return self._links[index]
-
-    def __len__(self) -> int:
-        return len(self._links)
 
     def stop(self) -> None:
         """Have all strips that wait for another raise `StripsStopped`."""

@@ -33,9 +33,10 @@ def in_strips(
     """
     devices = devices[: grid.lines]
     shares = (speeds or [1.0] * len(devices))[: grid.lines]
-    links = LocalLinks(devices)
+    links = LocalLinks(len(devices))
     strips = [
-        Strip(grid, chunk, link) for chunk, link in zip(grid.strips(shares), links, strict=True)
+        Strip(grid, chunk, link)
+        for chunk, link in zip(grid.strips(shares), links.links, strict=True)
     ]
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     failures: list[BaseException] = []

@@ -199,4 +199,4 @@ class _Begin:
 def _short_folder() -> str | None:
     """The folder for temporary files, or another where its name is too long for sockets."""
     folder = tempfile.gettempdir()
-    return "/tmp" if len(folder) > _LONGEST_FOLDER and os.path.isdir("/tmp") else folder  # noqa: S108
+    return "/tmp" if len(folder) > _LONGEST_FOLDER and os.path.isdir("/tmp") else folder  # noqa: S108 - a folder of our own in it

@@ -65,7 +65,7 @@ def write(
     extra += [(IPTC, _UNDEFINED, len(iptc), iptc, True)] if iptc else []
     tiled = pyramid or pixels.nbytes >= _TILED_BYTES
     big = pixels.nbytes * (4 / 3 if pyramid else 1) > _BIG_BYTES
-    with tifffile.TiffWriter(file, bigtiff=big, byteorder="<") as writer:  # type: ignore[arg-type]
+    with tifffile.TiffWriter(file, bigtiff=big, byteorder="<") as writer:  # type: ignore[arg-type] - as below
         _write_page(writer, pixels, tiled, iccprofile=icc_profile, extratags=extra)
         while pyramid and max(pixels.shape[:2]) > _TILE:
             pixels = _halved(pixels, os.path.dirname(file.name))

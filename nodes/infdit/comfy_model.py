@@ -321,30 +321,21 @@ class DiffusionModel(torch.nn.Module):
         base: torch.Tensor | None,
         strip: Strip | None = None,
     ) -> torch.Tensor:
-        """F of a picture or of a strip, errors of the compiler named; see `_evaluate`."""
-        with _compile_errors_named():
-            return self._evaluate(x, sigma, cond, schedule, run, base, strip)
-
-    def _evaluate(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        cond: Condition,
-        schedule: Schedule,
-        run: Run,
-        base: torch.Tensor | None,
-        strip: Strip | None,
-    ) -> torch.Tensor:
         """F, or with a prior what ComfyUI's c_skip · x + c_out · F must be given in its place.
 
         What is denoised then is x - P: D = P + c_skip · (x - P) + c_out · F(c_in · (x - P)).
         """
+
+        def network(x: torch.Tensor) -> torch.Tensor:
+            with _compile_errors_named():
+                return self.net(x, sigma, cond, schedule, run=run, strip=strip)
+
         if base is None:
-            return self.net(x, sigma, cond, schedule, run=run, strip=strip)
+            return network(x)
         data = self.net.config.sigma_data
         c_in = edm.preconditioning(sigma.float(), data).c_in[:, None, None, None]
         scaled = c_in * base.to(x.device)  # 1 - c_skip is c_out · c_in · sigma / sigma_data
-        out = self.net((x - scaled).to(x.dtype), sigma, cond, schedule, run=run, strip=strip)
+        out = network((x - scaled).to(x.dtype))
         return out.float() + sigma.float()[:, None, None, None] / data * scaled
 
 
