@@ -2,16 +2,22 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, TypeVar
 
+import comfy.model_management
+import comfy.model_patcher
 import folder_paths
+import torch
 from comfy.conds import CONDConstant
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..infdit_core.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..infdit_core.checkpoints.load import BUNDLED_FOLDER
 from ..infdit_core.errors import InfDiTError
 
@@ -105,6 +111,41 @@ def fingerprint(folders: Sequence[str], name: str | None) -> str:
         return ""
     status = os.stat(path)
     return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def files_that_hold(folders: Sequence[str], what: Callable[[Checkpoint], bool]) -> list[str]:
+    """Names of the files in these folders of models that `what` is true of."""
+    names = {name for folder in folders for name in folder_paths.get_filename_list(folder)}
+    return sorted(
+        name for name in names if _holds(what, fingerprint(folders, name), find_file(folders, name))
+    )
+
+
+@lru_cache(maxsize=1024)
+def _holds(what: Callable[[Checkpoint], bool], version: str, path: str | None) -> bool:
+    """Asked once of each file; `version` changes when the file does."""
+    if path is None:
+        return True
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return what(checkpoint)
+    except InfDiTError:
+        return False
+
+
+def in_patcher(
+    model: BaseModel, load_device: torch.device, *, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """A model on its offload device in what ComfyUI manages its weights by.
+
+    Args:
+        disable_dynamic: without dynamic VRAM, as ComfyUI asks for where a node needs the weights.
+    """
+    # looked up at call time: ComfyUI replaces the core's at its start where it has dynamic VRAM
+    patchers = comfy.model_patcher
+    kind = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    offload_device = comfy.model_management.unet_offload_device()
+    return kind(model, load_device=load_device, offload_device=offload_device)
 
 
 def unet_input() -> io.Model.Input:

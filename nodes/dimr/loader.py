@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import comfy.model_management
 import comfy.model_patcher
 import folder_paths
@@ -12,8 +10,15 @@ from comfy_api.latest import io
 
 from ...infdit_core.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...infdit_core.dimr.load import holds_dimr, read_network
-from ...infdit_core.errors import InfDiTError
-from ..common import FOLDER, find_file, fingerprint, named_errors, require, without_folder
+from ..common import (
+    FOLDER,
+    files_that_hold,
+    fingerprint,
+    in_patcher,
+    named_errors,
+    require,
+    without_folder,
+)
 from .comfy_model import DiMRModel, DiMRModelConfig
 
 CATEGORY = "model/DiMR"
@@ -35,7 +40,7 @@ class DiMRLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=_names() or [_NONE],
+                    options=files_that_hold([FOLDER], holds_dimr) or [_NONE],
                     tooltip="The authors' DiMR-XL_2R_800epochs.pth or DiMR-G_2R_800epochs.pth, or a"
                     " .safetensors file made from one, in models/infdit. Other files are not in the"
                     " list.",
@@ -99,10 +104,9 @@ def load_patcher(
     Raises:
         CheckpointError: the file is not a DiMR; the message says why.
     """
-    management, patchers = comfy.model_management, comfy.model_patcher
+    management = comfy.model_management
     config, state_dict = read_network(checkpoint)
     load_device = management.get_torch_device()
-    offload_device = management.unet_offload_device()
     supported = DiMRModelConfig.supported_inference_dtypes
     weight_dtype = dtype or management.unet_dtype(
         device=load_device,
@@ -114,30 +118,7 @@ def load_patcher(
     model_config.set_inference_dtype(
         weight_dtype, management.unet_manual_cast(weight_dtype, load_device, supported)
     )
-    model = DiMRModel(model_config, device=offload_device)
-    # looked up at call time: ComfyUI replaces the core's at its start where it has dynamic VRAM
-    patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    model = DiMRModel(model_config, device=management.unet_offload_device())
+    patcher = in_patcher(model, load_device, disable_dynamic=disable_dynamic)
     model.load_model_weights({f"net.{key}": tensor for key, tensor in state_dict.items()})
     return patcher
-
-
-def _names() -> list[str]:
-    """The files that hold a DiMR."""
-    return [
-        name
-        for name in folder_paths.get_filename_list(FOLDER)
-        if _holds_dimr(fingerprint([FOLDER], name), find_file([FOLDER], name))
-    ]
-
-
-@lru_cache(maxsize=1024)
-def _holds_dimr(version: str, path: str | None) -> bool:
-    """By the names of the tensors; `version` changes when the file does."""
-    if path is None:
-        return True
-    try:
-        with open_checkpoint(path) as checkpoint:
-            return holds_dimr(checkpoint)
-    except InfDiTError:
-        return False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -17,6 +15,7 @@ from ..common import (
     CATEGORY,
     FOLDER,
     Clip,
+    files_that_hold,
     find_file,
     fingerprint,
     named_errors,
@@ -127,7 +126,7 @@ class InfDiTCLIPLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=_clip_names() or [_NO_CLIP],
+                    options=files_that_hold(_CLIP_FOLDERS, holds_clip) or [_NO_CLIP],
                     tooltip="A whole open_clip ViT-L-14 file with the datacomp_xl_s13b_b90k"
                     " weights, from models/clip_vision, models/text_encoders or models/infdit."
                     " Files without a CLIP under open_clip's names are not in the list. Other CLIP"
@@ -166,24 +165,3 @@ class InfDiTCLIPLoader(io.ComfyNode):
             raise InfDiTError(cls.validate_inputs(clip_name))
         with without_folder(path):
             return io.NodeOutput(PatchedClip(read_clip(path)))
-
-
-def _clip_names() -> list[str]:
-    """The files that hold a CLIP as open_clip names it."""
-    return sorted(
-        name
-        for name in {n for folder in _CLIP_FOLDERS for n in folder_paths.get_filename_list(folder)}
-        if _holds_clip(fingerprint(_CLIP_FOLDERS, name), find_file(_CLIP_FOLDERS, name))
-    )
-
-
-@lru_cache(maxsize=1024)
-def _holds_clip(version: str, path: str | None) -> bool:
-    """By the names of the tensors; `version` changes when the file does."""
-    if path is None:
-        return True
-    try:
-        with open_checkpoint(path) as checkpoint:
-            return holds_clip(checkpoint)
-    except InfDiTError:
-        return False

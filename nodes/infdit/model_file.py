@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...infdit_core.checkpoints.checkpoint import Checkpoint
 from ...infdit_core.checkpoints.load import read_network
+from ..common import in_patcher
 from .comfy_model import InfDiTModel, InfDiTModelConfig
 from .several_gpus import strips_for_clones
 
@@ -40,7 +41,6 @@ def load_patcher(
     """
     config, state_dict = read_network(checkpoint)
     load_device = comfy.model_management.get_torch_device()
-    offload_device = comfy.model_management.unet_offload_device()
     supported = InfDiTModelConfig.supported_inference_dtypes
     weight_dtype = dtype or comfy.model_management.unet_dtype(
         device=load_device,
@@ -65,11 +65,8 @@ def load_patcher(
             None if fp8 else weight_dtype, load_device, supported
         ),
     )
-    model = InfDiTModel(model_config, device=offload_device)
-    # looked up at call time: ComfyUI replaces the core's at its start where it has dynamic VRAM
-    patchers = comfy.model_patcher
-    patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    model = InfDiTModel(model_config, device=comfy.model_management.unet_offload_device())
+    patcher = in_patcher(model, load_device, disable_dynamic=disable_dynamic)
     patcher.add_wrapper(WrappersMP.CALC_COND_BATCH, strips_for_clones)
     model.load_model_weights({f"net.{k}": v for k, v in state_dict.items()})
     model.infdit.metadata = checkpoint.metadata
