@@ -17,46 +17,69 @@ FLAT = 2.0
 
 
 class Photos:
-    """Photographs that `photos.py` collected, memory-mapped.
+    """Photographs that `photos.py` collected, all in the memory of a device.
 
     Args:
         folder: of (H, W, 3) uint8 .npy files.
         crop_px: side of the crops.
     """
 
-    def __init__(self, folder: Path, crop_px: int) -> None:
+    def __init__(self, folder: Path, crop_px: int, device: torch.device | str = "cpu") -> None:
         self._crop = crop_px
         pictures = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
-        self._pictures = [p for p in pictures if min(p.shape[:2]) >= crop_px]
-        if not self._pictures:
+        pictures = [p for p in pictures if min(p.shape[:2]) >= crop_px]
+        if not pictures:
             raise ValueError(f"{folder}: no picture of at least {crop_px} px")
-        areas = np.array([p.shape[0] * p.shape[1] for p in self._pictures], dtype=float)
+        self._sides = np.array([p.shape[:2] for p in pictures])
+        areas = self._sides.prod(axis=1)
+        self._starts = np.cumsum(areas) - areas
         self._weights = np.sqrt(areas) / np.sqrt(areas).sum()  # neither per photo nor per pixel
+        self._pixels = torch.empty(int(areas.sum()), 3, dtype=torch.uint8, device=device)
+        for start, picture in zip(self._starts, pictures, strict=True):
+            pixels = torch.from_numpy(np.array(picture)).flatten(0, 1)  # (H·W, 3)
+            self._pixels[start : start + len(pixels)] = pixels
 
-    def batch(self, size: int, generator: np.random.Generator) -> Tensor:
-        """(size, 3, crop, crop) float32 in [-1, 1], flipped and turned at random."""
-        return torch.stack([self._one(generator) for _ in range(size)])
+    def batch(self, size: int, generator: np.random.Generator, side: int | None = None) -> Tensor:
+        """(size, 3, side, side) float32 in [-1, 1], flipped and turned at random.
 
-    def _one(self, generator: np.random.Generator) -> Tensor:
-        crop = self._crop_of_one(generator)
-        if detail(crop) < FLAT:  # sky and blur again and again teach little
-            crop = self._crop_of_one(generator)
-        crop = np.rot90(crop, int(generator.integers(4)))
-        if generator.integers(2):
-            crop = crop[:, ::-1]
-        tensor = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
-        return tensor.float() / 127.5 - 1
+        Args:
+            side: at most, and unless given, that of the crops.
+        """
+        side = side or self._crop
+        first, second = self._crops(2 * size, side, generator).chunk(2)
+        flat = detail(first) < FLAT  # sky and blur again and again teach little
+        crops = torch.where(flat[:, None, None, None], second, first)
+        return crops.permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def _crop_of_one(self, generator: np.random.Generator) -> np.ndarray:
-        picture = self._pictures[generator.choice(len(self._pictures), p=self._weights)]
-        top, left = (int(generator.integers(side - self._crop + 1)) for side in picture.shape[:2])
-        return np.asarray(picture[top : top + self._crop, left : left + self._crop])
+    def _crops(self, count: int, side: int, generator: np.random.Generator) -> Tensor:
+        """(count, side, side, 3) uint8."""
+        chosen = generator.choice(len(self._sides), count, p=self._weights)
+        top, left = generator.integers(self._sides[chosen] - side + 1).T
+        width = self._sides[chosen, 1]
+        corner = self._starts[chosen] + top * width + left
+        strides = np.stack([width, np.ones_like(width)])  # to the next row and to the next column
+        turned = generator.random(count) < 0.5
+        strides = np.where(turned, strides[::-1], strides)
+        for stride in strides:
+            flipped = generator.random(count) < 0.5
+            corner += np.where(flipped, (side - 1) * stride, 0)
+            stride[flipped] *= -1
+        start, down, right = torch.from_numpy(np.stack([corner, *strides])).to(
+            self._pixels.device, non_blocking=True
+        )
+        along = torch.arange(side, device=self._pixels.device)
+        rows = start[:, None] + down[:, None] * along  # (count, side)
+        return self._pixels[rows[:, :, None] + right[:, None, None] * along]
 
 
-def detail(crop: np.ndarray) -> float:
-    """Mean absolute difference between neighbours, in levels, of a (H, W, 3) uint8 picture."""
-    levels = crop.astype(np.int16)
-    return float(np.mean([np.abs(np.diff(levels, axis=axis)).mean() for axis in (0, 1)]))
+def detail(crops: Tensor) -> Tensor:
+    """Mean absolute difference between neighbours, in levels: uint8 (..., H, W, 3) -> (...)."""
+    levels = crops.half()  # exact to 2048
+    down, right = levels.diff(dim=-3).abs(), levels.diff(dim=-2).abs()
+    return (
+        down.mean(dim=(-3, -2, -1), dtype=torch.float32)
+        + right.mean(dim=(-3, -2, -1), dtype=torch.float32)
+    ) / 2
 
 
 def reduce_bicubic(picture: Tensor) -> Tensor:

@@ -71,12 +71,12 @@ def local_weight(lr: Tensor) -> Tensor:
     return F.interpolate(weight, scale_factor=LR_SCALE, mode="nearest")
 
 
-def gradient_dissimilarity(ours: Tensor, original: Tensor) -> Tensor:
-    """(B,) how unlike the edges of two pictures (B, 3, H, W) in [-1, 1] are: 0 for equal ones.
+def gradient_similarity(ours: Tensor, original: Tensor) -> Tensor:
+    """(B, h, w) how alike the edges of two pictures (B, 3, H, W) in [-1, 1] are: 1 for equal ones.
 
-    One less the similarity of gradient magnitudes (Xue et al., arXiv 1308.3052), mean and deviation
-    over the picture at half the size. Where an edge could lie here or there, the mean of the
-    posterior, which a squared error asks for, is a blur; this asks for an edge of its strength.
+    That of gradient magnitudes at half the size (Xue et al., arXiv 1308.3052), whose deviation is
+    GMSD. Where an edge could lie here or there, the mean of the posterior, which a squared error
+    asks for, is a blur; this asks for an edge of its strength.
     """
     slopes = ours.new_tensor([[1, 0, -1]] * 3) / 3
     kernel = torch.stack([slopes, slopes.T])[:, None]
@@ -86,8 +86,7 @@ def gradient_dissimilarity(ours: Tensor, original: Tensor) -> Tensor:
         return F.conv2d(grey, kernel).square().sum(dim=1).add(1e-8).sqrt()  # (B, h, w)
 
     a, b = magnitude(ours), magnitude(original)
-    unlike = 1 - (2 * a * b + SLOPE_FLOOR) / (a.square() + b.square() + SLOPE_FLOOR)
-    return unlike.mean(dim=(1, 2)) + unlike.flatten(1).std(dim=1)
+    return (2 * a * b + SLOPE_FLOOR) / (a.square() + b.square() + SLOPE_FLOOR)
 
 
 def border_jumps(error: Tensor, period_px: int) -> Tensor:

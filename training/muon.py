@@ -21,8 +21,14 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """Momentum whose direction is made orthogonal: all directions learn at one speed."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -39,6 +45,8 @@ class Muon(torch.optim.Optimizer):
                 stack = torch.stack([m.flatten(1) for m in ahead])
                 update = orthogonal(stack) * (UPDATE_RMS * max(stack.shape[-2:]) ** 0.5)
                 updates = [u.view_as(p) for u, p in zip(update.to(same[0]), same, strict=True)]
+                if group["weight_decay"]:
+                    torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(same, updates, alpha=-group["lr"])
 
 
@@ -57,15 +65,19 @@ def orthogonal(stack: Tensor, steps: int = 5) -> Tensor:
 
 
 def optimizers(
-    inner: Iterable[nn.Parameter], model: nn.Module, rate: float, other_rate: float
+    inner: Iterable[nn.Parameter],
+    model: nn.Module,
+    rate: float,
+    other_rate: float,
+    weight_decay: float = 0.0,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the `inner` parameters that are matrices or kernels, Adam for all others."""
+    """Muon for `inner` matrices and kernels, which alone decay, Adam for all other parameters."""
     inner = [p for p in inner if p.ndim >= 2]
     chosen = set(map(id, inner))
     other = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     found: list[torch.optim.Optimizer] = [torch.optim.Adam(other, other_rate, betas=(0.9, 0.99))]
     if inner:
-        found.append(Muon(inner, rate))
+        found.append(Muon(inner, rate, weight_decay=weight_decay))
     return found
 
 

@@ -1,8 +1,9 @@
-"""A prior by itself, on a CPU: python -m training.prior PHOTOS OUT.safetensors --minutes 40
+"""A prior by itself: python -m training.prior PHOTOS OUT.safetensors --minutes 40
 
 Crops of photographs (what photos.py made), reduced bicubic, and the correction to interpolation
 that a small convolution network adds: first the L1 norm, then the L2 norm, whose minimum is the
 mean. Ends by the clock; `--start` goes on from an OUT. The file fits `training.export --prior`.
+Photographs are wholly in the memory of the device, so that a GPU does not wait for them.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from infdit_core.network.prior import Prior, interpolate
 from training.data import Photos, reduce_bicubic
 from training.degrade_batch import reduce_realistic_batch
 from training.initial import initialise_prior
-from training.loss import gradient_dissimilarity
+from training.loss import gradient_similarity
 from training.muon import cosine, optimizers
 
 L1_SHARE = 0.6
 """Of the time; L2 follows."""
 DECAY = 0.998
 """Of the averaged weights, per step."""
-EVERY_S = 100
-"""Seconds between two lines of the log and two files."""
+LINES = 30
+"""Of the log, after each of which the file is written."""
 TEST_PX = 256
+SHRUNK = 1.5
+"""What larger crops are reduced by: photographs are crisper then."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,12 @@ def psnr(ours: Tensor, original: Tensor) -> Tensor:
     """(B,) dB of pictures in [-1, 1], in 8-bit levels as they are saved."""
     levels = ((ours.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     return -10 * (levels - original).square().mean(dim=(1, 2, 3)).clamp(min=1e-9).log10()
+
+
+def resized(picture: Tensor, side: int) -> Tensor:
+    """(B, 3, H, H) -> (B, 3, side, side), smaller."""
+    smaller = F.interpolate(picture, (side, side), mode="bicubic", antialias=True)
+    return smaller.clamp(-1, 1)
 
 
 def gain(ours: Tensor, lr: Tensor, original: Tensor) -> float:
@@ -80,45 +90,63 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128, help="side of the crops in pixels")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=4e-3, help="of Muon; Adam takes half")
+    parser.add_argument("--decay", type=float, default=0, help="of weights, times the rate, a step")
+    parser.add_argument("--shrunk", type=float, default=0, help="share of larger crops, reduced")
     parser.add_argument("--real", type=float, default=0, help="share of batches degraded for real")
-    parser.add_argument("--edges", type=float, default=0, help="weight of gradient_dissimilarity")
+    parser.add_argument("--edges", type=float, default=0, help="weight of gradients that differ")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True  # all crops have one size
     prior = Prior(args.width, args.depth)
     if args.start:
         state = load_file(args.start)
         prior.load_state_dict({k.removeprefix("prior."): v for k, v in state.items()})
     else:
         initialise_prior(prior)
-    prior.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - its stubs lack it alone
-    photos, numpy = Photos(args.photos / "train", args.crop), np.random.default_rng(args.seed)
-    original = held_out(args.photos / "test")
+    prior.to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - its stubs lack it alone
+    larger = round(SHRUNK * args.crop)
+    photos = Photos(args.photos / "train", larger if args.shrunk else args.crop, args.device)
+    numpy = np.random.default_rng(args.seed)
+    original = held_out(args.photos / "test").to(args.device)
     lr = reduce_bicubic(original)
     if args.real:
         lr = reduce_realistic_batch(original, np.random.default_rng(0), group=1)
     average = copy.deepcopy(prior).requires_grad_(False)
-    found = optimizers(prior.body.parameters(), prior, args.rate, args.rate / 2)
+    found = optimizers(prior.body.parameters(), prior, args.rate, args.rate / 2, args.decay)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in found]
-    began, step, last, part = time.monotonic(), 0, -EVERY_S, 0.0
+    began, step, line, part = time.monotonic(), 0, 0, 0.0
 
     def report() -> None:
         with torch.no_grad():
-            found_gain = gain(enlarged(average, lr), lr, original)
-        logger.info("step %d, part %.3f: %.3f dB over bicubic", step, part, found_gain)
+            ours = enlarged(average, lr)
+            unlike = gradient_similarity(ours, original).flatten(1).std(dim=1).mean().item()
+        better = gain(ours, lr, original)
+        logger.info(
+            "step %d, part %.3f: %.3f dB over bicubic, deviation of gradients %.4f",
+            step,
+            part,
+            better,
+            unlike,
+        )
         state = average.state_dict().items()
         save_file({f"prior.{k}": v.contiguous() for k, v in state}, args.out)
 
     while (part := (time.monotonic() - began) / (60 * args.minutes)) < 1:
         cosine(found, rates, step, part)
-        crops = photos.batch(args.batch, numpy)
+        if numpy.random() < args.shrunk:
+            crops = resized(photos.batch(args.batch, numpy), args.crop)
+        else:
+            crops = photos.batch(args.batch, numpy, args.crop)
         real = numpy.random() < args.real
         reduced = reduce_realistic_batch(crops, numpy, group=4) if real else reduce_bicubic(crops)
         ours = enlarged(prior, reduced)
         error = ours - crops
         loss = charbonnier(error) if part < L1_SHARE else 10 * error.square().mean()
         if args.edges:
-            loss = loss + args.edges * gradient_dissimilarity(ours, crops).mean()
+            unlike = 1 - gradient_similarity(ours, crops).flatten(1)
+            loss = loss + args.edges * (unlike.mean() + unlike.std(dim=1).mean())
         loss.backward()
         for optimizer in found:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -127,12 +155,11 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         kept = min(DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
-            for ours, theirs in zip(average.parameters(), prior.parameters(), strict=True):
-                ours.lerp_(theirs, 1 - kept)
+            torch._foreach_lerp_(list(average.parameters()), list(prior.parameters()), 1 - kept)
         step += 1
-        if time.monotonic() - began - last > EVERY_S:
+        if part * LINES > line:
             report()
-            last = time.monotonic() - began
+            line += 1
     report()
 
 

@@ -50,10 +50,10 @@ def main() -> None:
         sized = [np.array(photo.resize(size, Image.Resampling.LANCZOS)) for size in sizes]
         tiles = [tile for reduced in sized for tile in tiles_of(reduced, numpy)]
         if len(val) < VAL_TILES and len(tiles) > 2:
-            tiles.sort(key=detail)
+            tiles.sort(key=detail_of)
             val += [tiles[len(tiles) // 2], tiles[-1]]
         else:
-            chosen += [t for t in tiles if detail(t) >= CRISP or numpy.random() < SOFT_SHARE]
+            chosen += [t for t in tiles if detail_of(t) >= CRISP or numpy.random() < SOFT_SHARE]
     numpy.shuffle(chosen)
     write(args.pack / "VAL.bin", [encode(t) for t in val])
     encoded, size = [], 0
@@ -77,6 +77,10 @@ def tiles_of(photo: np.ndarray, generator: np.random.Generator) -> Iterator[np.n
     for y in range(top, photo.shape[0] - TILE_PX + 1, TILE_PX):
         for x in range(left, photo.shape[1] - TILE_PX + 1, TILE_PX):
             yield np.ascontiguousarray(photo[y : y + TILE_PX, x : x + TILE_PX])
+
+
+def detail_of(tile: np.ndarray) -> float:
+    return detail(torch.from_numpy(tile)).item()
 
 
 def centre(photo: np.ndarray) -> np.ndarray:

@@ -168,8 +168,8 @@ def test_flat_crops_are_drawn_again(tmp_path):
     picture[:, 64:] = np.random.default_rng(0).integers(256, size=(64, 64, 3))
     np.save(tmp_path / "half.npy", picture)
     photos, generator = Photos(tmp_path, 32), np.random.default_rng(0)
-    crops = ((photos.batch(400, generator) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    flat = sum(detail(crop) < FLAT for crop in crops) / len(crops)
+    crops = ((photos.batch(400, generator) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    flat = (detail(crops) < FLAT).float().mean()
     assert 0.05 < flat < 0.2  # a third of the places, so a ninth after the second try
 
 
@@ -187,3 +187,17 @@ def test_evaluation_reads_runs_and_checkpoints_and_knows_better_from_worse(photo
     power = pictures.square().mean().sqrt().item() * 127.5
     assert found[-1] == pytest.approx(power, rel=0.05)
     assert interpolated < power
+
+
+def test_crops_are_places_of_the_picture_flipped_and_turned(tmp_path):
+    picture = np.arange(40 * 50, dtype=np.int64)[:, None] // np.array([1, 256, 65536]) % 256
+    np.save(tmp_path / "each-pixel-once.npy", picture.reshape(40, 50, 3).astype(np.uint8))
+    crops = Photos(tmp_path, 32).batch(200, np.random.default_rng(0), side=8)
+    levels = ((crops + 1) * 127.5).round().long()
+    places = levels[:, 0] + 256 * levels[:, 1]  # (200, 8, 8)
+    down, right = places.diff(dim=1), places.diff(dim=2)
+    for step in (down, right):
+        assert (step == step[:, :1, :1]).all()
+    ways = set(zip(down[:, 0, 0].tolist(), right[:, 0, 0].tolist(), strict=True))
+    assert ways == {(s * a, t * b) for a, b in ((50, 1), (1, 50)) for s in (1, -1) for t in (1, -1)}
+    assert places.unique().numel() > 1700
