@@ -1,9 +1,10 @@
 """A prior by itself: python -m training.prior PHOTOS OUT.safetensors --minutes 40
 
 Crops of photographs (what photos.py made), reduced bicubic, and the correction to interpolation
-that a small convolution network adds: first the L1 norm, then the L2 norm, whose minimum is the
-mean. Ends by the clock; `--start` goes on from an OUT. The file fits `training.export --prior`.
-Photographs are wholly in the memory of the device, so that a GPU does not wait for them.
+that a small convolution network adds: first the L1 norm, then, unless `--l1 1`, the L2 norm, whose
+minimum is the mean. With `--consistency` what counts is the picture after back-projections. Ends by
+the clock; `--start` goes on from an OUT. The file fits `training.export --prior`. Photographs are
+wholly in the memory of the device, so that a GPU does not wait for them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infdit_core.network.config import LR_SCALE
 from infdit_core.network.prior import Prior, interpolate
 from training.data import Photos, reduce_bicubic
 from training.degrade_batch import reduce_realistic_batch
@@ -27,8 +29,6 @@ from training.initial import initialise_prior
 from training.loss import gradient_similarity
 from training.muon import cosine, optimizers
 
-L1_SHARE = 0.6
-"""Of the time; L2 follows."""
 DECAY = 0.998
 """Of the averaged weights, per step."""
 LINES = 30
@@ -44,6 +44,18 @@ def enlarged(prior: nn.Module, lr: Tensor) -> Tensor:
     """P in float32: (B, 3, h, w) -> (B, 3, 4h, 4w)."""
     correction = prior(lr.contiguous(memory_format=torch.channels_last))
     return interpolate(lr) + correction.float()
+
+
+def nearer(picture: Tensor, lr: Tensor, times: int) -> Tensor:
+    """Back-projections of (B, 3, 4h, 4w) towards (B, 3, h, w), as in `Canvas.consistent`."""
+    for _ in range(times):
+        missing = lr - F.interpolate(
+            picture, scale_factor=1 / LR_SCALE, mode="bicubic", antialias=True
+        )
+        picture = picture + F.interpolate(
+            missing, scale_factor=LR_SCALE, mode="bicubic", antialias=True
+        )
+    return picture
 
 
 def charbonnier(error: Tensor, epsilon: float = 1e-3) -> Tensor:
@@ -94,6 +106,9 @@ def main() -> None:
     parser.add_argument("--shrunk", type=float, default=0, help="share of larger crops, reduced")
     parser.add_argument("--real", type=float, default=0, help="share of batches degraded for real")
     parser.add_argument("--edges", type=float, default=0, help="weight of gradients that differ")
+    parser.add_argument("--l1", type=float, default=0.6, help="share of the time; L2 follows")
+    parser.add_argument("--consistency", type=int, default=0, help="back-projections of a picture")
+    parser.add_argument("--colours", action="store_true", help="exchange channels at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -106,8 +121,8 @@ def main() -> None:
     else:
         initialise_prior(prior)
     prior.to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - its stubs lack it alone
-    larger = round(SHRUNK * args.crop)
-    photos = Photos(args.photos / "train", larger if args.shrunk else args.crop, args.device)
+    larger = round(SHRUNK * args.crop) if args.shrunk else args.crop
+    photos = Photos(args.photos / "train", larger, args.device)
     numpy = np.random.default_rng(args.seed)
     original = held_out(args.photos / "test").to(args.device)
     lr = reduce_bicubic(original)
@@ -120,7 +135,7 @@ def main() -> None:
 
     def report() -> None:
         with torch.no_grad():
-            ours = enlarged(average, lr)
+            ours = nearer(enlarged(average, lr), lr, args.consistency)
             unlike = gradient_similarity(ours, original).flatten(1).std(dim=1).mean().item()
         better = gain(ours, lr, original)
         logger.info(
@@ -139,11 +154,13 @@ def main() -> None:
             crops = resized(photos.batch(args.batch, numpy), args.crop)
         else:
             crops = photos.batch(args.batch, numpy, args.crop)
+        if args.colours:
+            crops = crops[:, numpy.permutation(3)]
         real = numpy.random() < args.real
         reduced = reduce_realistic_batch(crops, numpy, group=4) if real else reduce_bicubic(crops)
-        ours = enlarged(prior, reduced)
+        ours = nearer(enlarged(prior, reduced), reduced, args.consistency)
         error = ours - crops
-        loss = charbonnier(error) if part < L1_SHARE else 10 * error.square().mean()
+        loss = charbonnier(error) if part < args.l1 else 10 * error.square().mean()
         if args.edges:
             unlike = 1 - gradient_similarity(ours, crops).flatten(1)
             loss = loss + args.edges * (unlike.mean() + unlike.std(dim=1).mean())
