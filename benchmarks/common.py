@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,9 +106,11 @@ def header(args: argparse.Namespace, *names: str, **more: Any) -> dict[str, Any]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit."""
-    command = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    """Device, versions and commit; INFDIT_COMMIT names it where the checkout came without git."""
+    commit = os.environ.get("INFDIT_COMMIT", "")
+    if not commit and shutil.which("git"):
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "device": name or platform.machine(),
@@ -186,10 +189,16 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(times, others, strict=True)), 4)
 
 
+def errors(picture: Tensor, other: Tensor) -> dict[str, float]:
+    """The largest difference of two pictures, and its root mean square."""
+    difference = (picture.float() - other.float()).abs()
+    rms = difference.double().square().mean().sqrt()
+    return {"max": float(f"{difference.max():.3g}"), "rms": float(f"{rms:.3g}")}
+
+
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Bytes that a call takes beyond what was there."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()

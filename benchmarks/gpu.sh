@@ -20,15 +20,12 @@ baseline() { # the first thing to know: seconds, share of the matmul speed, peak
     evaluation --size 2048 --schedules full layers=16 blocks=4
     evaluation --size 4096 --schedules full layers=32 layers=32,host blocks=8
 }
-chunks() { evaluation --size 4096 --schedules layers=4 layers=8 layers=16 layers=32 layers=64 --out benchmarks/results/chunks_cuda.json; }
+chunks() { evaluation --size 4096 --no-parts --schedules layers=4 layers=8 layers=16 layers=32 layers=64 --out benchmarks/results/chunks_cuda.json; }
 compile() { evaluation --size 4096 --schedules layers=32 --compile both --out benchmarks/results/compile_cuda.json; }
-ways() { # all the ways of infdit_core.network.fast, then each of them off
-    local out=benchmarks/results/ways_cuda
-    evaluation --size 4096 --schedules layers=32 --out ${out}_all.json
-    for way in norm place join gelu backends; do
-        evaluation --size 4096 --schedules layers=32 --without $way --out ${out}_without_$way.json
-    done
+ways() { # none of the ways of infdit_core.network.fast, all of them, then each of them off
+    evaluation --size 4096 --schedules layers=32 --each-way --no-parts --out benchmarks/results/ways_cuda.json
 }
+attention() { evaluation --size 4096 --schedules layers=32 --backends flash efficient cudnn --no-parts --out benchmarks/results/attention_cuda.json; }
 large() { evaluation --size 8192 --schedules layers=64 layers=64,host blocks=8; }
 choices() { # bf16 is the baseline: an exact sampling in fp32 alone would take the ten minutes
     run benchmarks.choices --config released --device cuda --dtype bf16 --size 1024 --rounds 1
@@ -52,7 +49,7 @@ strips() { # where there are several
 }
 quality() { run benchmarks.quality --photos "$photos" --device cuda --crop 2048 --out benchmarks/results/quality_2048.json; }
 
-for step in "${@:-tests baseline chunks compile ways large choices hidiffusion comfyui release strips quality}"; do
+for step in "${@:-tests baseline chunks compile ways attention large choices hidiffusion comfyui release strips quality}"; do
     for name in $step; do $name; done
 done
 exit $failed

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from infdit_core.network.config import DTYPES
@@ -149,7 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = made(args.files / f"{args.config}.safetensors", write_network)
     checkpoint = None
     if args.sdxl != "no":
-        checkpoint = made(args.files / "sdxl_random.safetensors", write_checkpoint)
+        checkpoint = made(
+            args.files / "sdxl_random.safetensors",
+            lambda path: write_checkpoint(path, device=args.device),
+        )
+    if args.device.type == "cuda":  # the servers shall have all of it
+        torch.cuda.empty_cache()
     result = common.header(args, "config", "size") | {"rows": []}
     out, first = RESULTS / f"in_comfyui_{args.device.type}.json", None
     for way in args.ways:
@@ -165,16 +171,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (base / "input").mkdir()
                 levels = np.random.default_rng(0).integers(0, 256, (args.size // 4,) * 2 + (3,))
                 Image.fromarray(levels.astype(np.uint8)).save(base / "input" / "noise.png")
-                with running_server(
-                    Path(sys.executable), args.comfyui, base, arguments=flags
-                ) as server:
-                    before = sdxl(checkpoint.name, 1024) if checkpoint and loaded else None
-                    try:
-                        row |= measure(
-                            server, before, inf_dit(network.name, "noise.png", args.steps)
-                        )
-                    except ComfyError as error:
-                        row["failed"] = str(error)
+                before = sdxl(checkpoint.name, 1024) if checkpoint and loaded else None
+                try:
+                    with running_server(
+                        Path(sys.executable), args.comfyui, base, arguments=flags
+                    ) as server:
+                        workflow = inf_dit(network.name, "noise.png", args.steps)
+                        row |= measure(server, before, workflow)
+                except ComfyError as error:
+                    row["failed"] = str(error)
             picture = row.pop("picture", None)
             if picture is not None:
                 first = picture if first is None else first

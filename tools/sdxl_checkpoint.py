@@ -66,11 +66,11 @@ def checkpoint_tensors() -> dict[str, Tensor]:
     return {k: t.half() if t.is_floating_point() else t for k, t in tensors.items()}
 
 
-def write_checkpoint(target: Path, seed: int = 0) -> int:
+def write_checkpoint(target: Path, seed: int = 0, device: torch.device | str = "cpu") -> int:
     """Write the checkpoint, one tensor in memory at a time; returns its size in bytes.
 
     Weights are normal with the variance 1 / inputs, which keeps activations near one through any
-    depth; the gains of normalisations are one, biases zero.
+    depth; the gains of normalisations are one, biases zero. They are drawn on `device`.
     """
     tensors = checkpoint_tensors()
     header, end = {}, 0
@@ -82,7 +82,7 @@ def write_checkpoint(target: Path, seed: int = 0) -> int:
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with target.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key, tensor in tensors.items():
@@ -94,5 +94,5 @@ def write_checkpoint(target: Path, seed: int = 0) -> int:
 def _random(key: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     if tensor.dim() == 1:
         return torch.full_like(tensor, float(key.endswith("weight")), device="cpu")
-    value = torch.randn(tensor.shape, generator=generator)
-    return value.div_(math.sqrt(tensor[0].numel())).half()
+    value = torch.randn(tensor.shape, generator=generator, device=generator.device)
+    return value.div_(math.sqrt(tensor[0].numel())).half().cpu()

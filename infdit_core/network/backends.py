@@ -35,6 +35,8 @@ def efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if q.dtype not in (torch.float16, torch.bfloat16):  # torch would take the bits for float16
+        raise RuntimeError(f"cuDNN attends in half precision only, got {q.dtype}")
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
     return out, lse.flatten(2)  # (N, A, S, 1) in some versions
 
@@ -63,6 +65,21 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> Backend | None:
             _fastest[kind] = candidates[0] if candidates else None
         logger.info("Inf-DiT: attention for %s: %s", kind, _fastest[kind])
     return _fastest[kind]
+
+
+def chosen() -> dict[str, str]:
+    """The names of the backends in use, by what they attend to."""
+    return {
+        f"{dtype} {tuple(q)}, {keys} keys".removeprefix("torch."): backend.__name__
+        if backend
+        else "none"
+        for (_, dtype, q, keys), backend in _fastest.items()
+    }
+
+
+def forget() -> None:
+    """Choose anew."""
+    _fastest.clear()
 
 
 def choose(seconds: dict[Backend, float]) -> Backend:
