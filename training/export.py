@@ -22,6 +22,7 @@ from infdit_core.network.config import InfDiTConfig
 from infdit_core.sampling import AUTO, AUTO_KEY, find_preset
 from infdit_core.whole_files import whole_file
 from training.clock import CONFIG
+from training.prior import read_priors
 from training.resumable import STATE
 
 OURS = {
@@ -38,7 +39,9 @@ def main() -> None:
     parser.add_argument("--commit", help="of the trainer; that of this checkout if left out")
     parser.add_argument("--toward", type=Path, help="another file of the recipe to mix in")
     parser.add_argument("--share", type=float, default=0.5, help="of that file in the mixture")
-    parser.add_argument("--prior", type=Path, help="a file whose prior is taken in place of RUN's")
+    parser.add_argument(
+        "--prior", type=Path, nargs="+", help="files whose mean prior is taken in place of RUN's"
+    )
     parser.add_argument("--preset", help="what the preset auto does, as infdit_core.sampling reads")
     parser.add_argument("--training", help="how a file of training.recipe was made, in words")
     args = parser.parse_args()
@@ -51,7 +54,7 @@ def main() -> None:
         other = load_file(args.toward)
         weights = {key: value.lerp(other[key], args.share) for key, value in weights.items()}
     if args.prior:
-        weights, config = with_prior(weights, config, load_file(args.prior))
+        weights, config = with_prior(weights, config, read_priors(args.prior))
     if args.preset:
         find_preset(AUTO, {AUTO_KEY: args.preset})  # fails now where it cannot be read
         notes[AUTO_KEY] = args.preset
@@ -73,7 +76,6 @@ def with_prior(
     weights: dict[str, Tensor], config: InfDiTConfig, prior: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], InfDiTConfig]:
     """The weights with another prior, and the config that fits it."""
-    prior = {key: value for key, value in prior.items() if key.startswith("prior.")}
     width = len(prior["prior.head.bias"])
     depth = sum(key.endswith("a.bias") for key in prior)
     weights = {key: value for key, value in weights.items() if not key.startswith("prior.")}

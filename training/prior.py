@@ -13,6 +13,7 @@ import argparse
 import copy
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from infdit_core.network.prior import Prior, interpolate
 from training.data import Photos, reduce_bicubic
 from training.degrade_batch import reduce_realistic_batch
 from training.initial import initialise_prior
-from training.loss import gradient_similarity
+from training.loss import border_jumps, gradient_similarity
 from training.muon import cosine, optimizers
 
 DECAY = 0.998
@@ -90,13 +91,22 @@ def held_out(folder: Path) -> Tensor:
     return torch.from_numpy(np.stack(centres)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def read_priors(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of the `prior.*` weights of files of one size; a file may be named several times."""
+    files = [load_file(path) for path in paths]
+    names = [name for name in files[0] if name.startswith("prior.")]
+    return {name: torch.stack([file[name] for file in files]).mean(dim=0) for name in names}
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--start", type=Path, help="an OUT to go on from")
+    parser.add_argument(
+        "--start", type=Path, nargs="+", help="what to go on from: the mean of OUTs"
+    )
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--depth", type=int, default=6, help="residual pairs of convolutions")
     parser.add_argument("--crop", type=int, default=128, help="side of the crops in pixels")
@@ -106,6 +116,7 @@ def main() -> None:
     parser.add_argument("--shrunk", type=float, default=0, help="share of larger crops, reduced")
     parser.add_argument("--real", type=float, default=0, help="share of batches degraded for real")
     parser.add_argument("--edges", type=float, default=0, help="weight of gradients that differ")
+    parser.add_argument("--borders", type=float, default=0, help="weight of jumps at every 4 px")
     parser.add_argument("--l1", type=float, default=0.6, help="share of the time; L2 follows")
     parser.add_argument("--consistency", type=int, default=0, help="back-projections of a picture")
     parser.add_argument("--colours", action="store_true", help="exchange channels at random")
@@ -116,7 +127,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # all crops have one size
     prior = Prior(args.width, args.depth)
     if args.start:
-        state = load_file(args.start)
+        state = read_priors(args.start)
         prior.load_state_dict({k.removeprefix("prior."): v for k, v in state.items()})
     else:
         initialise_prior(prior)
@@ -164,6 +175,8 @@ def main() -> None:
         if args.edges:
             unlike = 1 - gradient_similarity(ours, crops).flatten(1)
             loss = loss + args.edges * (unlike.mean() + unlike.std(dim=1).mean())
+        if args.borders:
+            loss = loss + args.borders * border_jumps(error, LR_SCALE).mean()
         loss.backward()
         for optimizer in found:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

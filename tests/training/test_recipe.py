@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from infdit_core import load_model, sample
 from infdit_core.edm import RESIDUAL_MAX
@@ -81,9 +82,18 @@ def test_two_evaluations_are_the_preset_of_the_file():
 def test_an_exported_file_has_the_other_prior_and_loads(tmp_path):
     weights = dict(InfDiT(TINY_PRIOR).state_dict())
     other = {f"prior.{k}": v for k, v in Prior(4, 1).state_dict().items()}
-    weights, config = export.with_prior(weights, TINY_PRIOR, other)
+    for name, factor in (("a", 1), ("b", 4)):
+        state = {k: factor * v for k, v in other.items()} | {"else": torch.zeros(1)}
+        save_file(state, tmp_path / name)
+    mean = prior.read_priors([tmp_path / name for name in "aab"])  # (1 + 1 + 4) / 3
+    weights, config = export.with_prior(weights, TINY_PRIOR, mean)
     export.write(config, weights, tmp_path / "m.safetensors", {})
-    assert load_model(tmp_path / "m.safetensors").config.prior_width == 4
+    found = load_model(tmp_path / "m.safetensors")
+    assert found.config.prior_width == 4
+    expected = 2 * other["prior.head.weight"].bfloat16().float()
+    torch.testing.assert_close(
+        found.state_dict()["prior.head.weight"].float(), expected, atol=0, rtol=0.01
+    )
 
 
 def test_the_distance_of_features_is_0_for_the_same_and_grows(lite0_file):
