@@ -419,6 +419,14 @@ class InfDiT(nn.Module):
         for layer in cast("list[Layer]", self.layers):
             layer.compile_parts(dynamic=True, **options)
 
+    @property
+    def fused(self) -> bool:
+        """Whether the ways of a GPU that take less memory (`fast`) compute all layers as they are.
+
+        Not where ComfyUI casts weights at use, nor with compiled layers.
+        """
+        return all(layer.fused for layer in cast("list[Layer]", self.layers))
+
     def run_eagerly(self) -> None:
         """Undo `compile_layers`."""
         for layer in cast("list[Layer]", self.layers):
