@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+_NEWER = getattr(torch.backends.cudnn, "conv", None)
 _API = (  # from PyTorch 2.9 on the older one refuses to be read where the newer one was used
-    (torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    if hasattr(torch.backends.cudnn, "conv")
+    (_NEWER, "fp32_precision", "ieee")
+    if _NEWER is not None
     else (torch.backends.cudnn, "allow_tf32", False)
 )
 """Where PyTorch keeps it for the whole process, under which name, and what is exact."""
