@@ -60,7 +60,7 @@ def measure(
             evaluate_timed()
             peak = common.peak_bytes(evaluate, device)
         median = statistics.median(seconds)
-        work = Workload(net.config, side, side, weight.dtype)
+        work = Workload(net.config, side, side, weight.dtype, fused=net.fused)
         row = {
             "seconds": round(median, 4),
             "seconds_all": [round(s, 4) for s in seconds],

@@ -32,6 +32,7 @@ choices() { # bf16 is the baseline: an exact sampling in fp32 alone would take t
     run benchmarks.choices --photos "$photos" --device cuda --size 1024 --rounds 1
 }
 hidiffusion() { run benchmarks.hidiffusion --full-width --device cuda --dtype fp16 --sizes 1024 1536 2048 4096 --rounds 1; }
+bundled() { run benchmarks.bundled --device cuda; }
 comfyui() { run benchmarks.in_comfyui --device cuda --size 4096 --files "${TMPDIR:-/tmp}/infdit-random"; }
 release() { # beside the authors' own network, where INFDIT_RELEASE names a checkout of it
     if [ -z "${INFDIT_RELEASE:-}" ]; then
@@ -49,7 +50,7 @@ strips() { # where there are several
 }
 quality() { run benchmarks.quality --photos "$photos" --device cuda --crop 2048 --out benchmarks/results/quality_2048.json; }
 
-for step in "${@:-tests baseline chunks compile ways attention large choices hidiffusion comfyui release strips quality}"; do
+for step in "${@:-tests baseline chunks compile ways attention large choices bundled hidiffusion comfyui release strips quality}"; do
     for name in $step; do $name; done
 done
 exit $failed

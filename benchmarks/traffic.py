@@ -141,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fast.DEVICES.update({way: set() for way in fast.DEVICES})
         for way in ("plain", *WAYS):
             if way in fast.DEVICES:
-                fast.DEVICES[way] = {"meta"}
-            table = tables[way if way == "plain" else f"and {way}"] = layer(args, schedule)
+                fast.DEVICES[way] = {"cuda"}
+            with fast.counted_as("cuda"):
+                rows = layer(args, schedule)
+            table = tables[way if way == "plain" else f"and {way}"] = rows
             print(f"\n{schedule}, {way}: launches a chunk, bytes a token")
             for row in table:
                 print("{part:24} {operation:20} {launches:6} {bytes:8}".format(**row))

@@ -245,6 +245,7 @@ class Sampler:
             pictures=1 + solver,
             scratch=self.scratch is not None,
             residual=self.reuse_layers > 0,
+            fused=self.model.fused,
             strip_of_columns=None if strip is None else strip.own_grid.by_columns,
         )
 

@@ -15,8 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..blocks.grid import Grid
+from ..blocks.grid import Chunk, Grid
 from ..blocks.schedules import LayerMajor, Schedule, candidates
+from ..network import fast
 from ..network.condition import Condition
 from ..network.config import LR_SCALE, InfDiTConfig
 from ..network.model import InfDiT
@@ -43,7 +44,7 @@ _HOST_WEIGHTS_COST = 0.1
 _FAST_COST = 1.1
 """A plan is fast if it takes at most this much more time than the fastest that fits."""
 _TOKEN_TENSORS, _PRIOR_TENSORS = 100, 10
-"""More tensors than are ever alive, of the tokens of a picture and of the features of a prior."""
+"""More tensors than are ever alive, of the tokens of a chunk and of the features of a prior."""
 _LINES_BETWEEN = 5
 """Of a strip: what it has received, one that comes, what it gathers, and two on their way out."""
 _SMALL_SHARE = 0.25
@@ -74,6 +75,8 @@ class Workload:
     """Whether they are in files, which take neither memory, and so is the LR picture."""
     residual: bool = False
     """Whether a `ResidualCache` is used."""
+    fused: bool = False
+    """Whether the ways of a GPU compute the layers (`InfDiT.fused`), which take less."""
     strip_of_columns: bool | None = None
     """Of a strip of a picture: whether it is one of columns; None for a whole picture."""
 
@@ -112,10 +115,13 @@ class Plan:
     """Of what waits in the host's memory: tokens, pictures, weights."""
     cost: float
     """Expected time relative to the best schedule on unlimited memory."""
+    bound: bool = False
+    """Whether it takes less than `peak_bytes` for sure, by how much was not counted."""
 
     def __str__(self) -> str:
         host = f", {gigabytes(self.host_bytes)} in RAM" if self.host_bytes else ""
-        return f"{self.schedule}, about {gigabytes(self.peak_bytes)}{host}"
+        about = "at most" if self.bound else "about"
+        return f"{self.schedule}, {about} {gigabytes(self.peak_bytes)}{host}"
 
 
 def plan(
@@ -205,16 +211,19 @@ def small_plan(work: Workload, memory_bytes: float) -> Plan | None:
 
     Measuring takes seconds, longer than a small picture itself.
     """
-    tokens = work.grid.blocks * work.block_bytes
-    pixels = work.grid.blocks * work.config.block_px**2 * work.batch
-    prior = _PRIOR_TENSORS * work.config.prior_width * pixels // LR_SCALE**2 * work.dtype.itemsize
-    bound = max(_TOKEN_TENSORS * tokens, prior) + work.picture_bytes
+    found = candidates(work.grid, work.best_blocks, host=False, alone=False)
+    fastest = min(found, key=lambda schedule: round(_cost(work, schedule), 2))
+    chunk, waiting = _blocks_of(work, fastest)
+    blocks = _TOKEN_TENSORS * chunk.blocks + waiting
+    bound = blocks * work.block_bytes + _lr_bytes(work, fastest)
+    rows, width = _prior_band(work)
+    prior = _PRIOR_TENSORS * work.config.prior_width * work.batch * rows * width
+    bound = max(bound, prior * work.dtype.itemsize) + work.picture_bytes
+    bound += work.residual * work.grid.blocks * work.block_bytes
     bound += weight_bytes(work.config, work.dtype)
     if bound > _SMALL_SHARE * memory_bytes:
         return None
-    found = candidates(work.grid, work.best_blocks, host=False, alone=False)
-    fastest = min(found, key=lambda schedule: round(_cost(work, schedule), 2))
-    return Plan(fastest, int(bound), 0, _cost(work, fastest))
+    return Plan(fastest, bound, 0, _cost(work, fastest), bound=True)
 
 
 def peak_bytes(work: Workload, schedule: Schedule) -> int:
@@ -246,14 +255,26 @@ def host_bytes(work: Workload, schedule: Schedule) -> int:
 
 def evaluation_bytes(work: Workload, schedule: Schedule) -> int:
     """Bytes of tokens, frontiers and the chunk at work: what the schedule decides about."""
+    chunk, waiting = _blocks_of(work, schedule)
+    at_work = _chunk_bytes(
+        work.config,
+        chunk.rows,
+        chunk.columns,
+        work.dtype,
+        work.batch,
+        schedule.keep_lr,
+        "cuda" if work.fused else "cpu",
+    )
+    return at_work + waiting * work.block_bytes
+
+
+def _blocks_of(work: Workload, schedule: Schedule) -> tuple[Chunk, int]:
+    """The chunk at work, and tokens of blocks that wait on the device meanwhile."""
     kept = schedule.residency(work.grid, work.config.num_layers)
-    chunk, between = kept.chunk, 0
+    between = 0
     if work.strip_of_columns is not None:
         between = 2 * _LINES_BETWEEN * (work.grid.line_blocks + 1)  # keys and values
-    at_work = _chunk_bytes(
-        work.config, chunk.rows, chunk.columns, work.dtype, work.batch, schedule.keep_lr
-    )
-    return at_work + (kept.device + between) * work.block_bytes
+    return kept.chunk, kept.device + between
 
 
 @lru_cache(maxsize=16)
@@ -271,10 +292,14 @@ def prior_bytes(work: Workload) -> int:
     config = work.config
     if not config.prior_width:
         return 0
-    width = work.grid.columns * config.block_px // LR_SCALE
-    height = work.grid.rows * config.block_px // LR_SCALE
-    rows = max(1, BAND_PX // (work.batch * width)) + 2 * (2 * config.prior_depth + 2)
-    return _prior_band_bytes(config, work.batch, min(rows, height), width, work.dtype)
+    return _prior_band_bytes(config, work.batch, *_prior_band(work), work.dtype)
+
+
+def _prior_band(work: Workload) -> tuple[int, int]:
+    """Height and width in LR pixels of what the prior takes at a time."""
+    height, width = (n * work.config.block_px // LR_SCALE for n in work.grid[:2])
+    rows = max(1, BAND_PX // (work.batch * width)) + 2 * (2 * work.config.prior_depth + 2)
+    return min(rows, height), width
 
 
 def evaluation_flop(config: InfDiTConfig, height: int, width: int) -> float:
@@ -314,7 +339,13 @@ def _lr_bytes(work: Workload, schedule: Schedule) -> int:
 
 @lru_cache(maxsize=256)
 def _chunk_bytes(
-    config: InfDiTConfig, rows: int, columns: int, dtype: torch.dtype, batch: int, keep_lr: bool
+    config: InfDiTConfig,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    batch: int,
+    keep_lr: bool,
+    ways_of: str,
 ) -> int:
     """Peak of a chunk's own tensors through embedding, layers 0 and 1 and output."""
     config = replace(config, num_layers=min(2, config.num_layers))
@@ -326,7 +357,7 @@ def _chunk_bytes(
     vector = torch.empty(batch, config.vector_size, device="meta") if config.vector_size else None
     cond = Condition(x, x.new_empty(batch, 3, h // LR_SCALE, w // LR_SCALE), vector)
     run, schedule = Run(), LayerMajor(rows * columns, keep_lr=keep_lr)
-    with LiveBytes() as live:
+    with fast.counted_as(ways_of), LiveBytes() as live:
         result = net(x, sigma, cond, schedule, run=run, dtype=dtype, c_in=c_in)
     # counted with the pictures, and with the LR picture
     return live.peak - result.nbytes - (run.lr_kv.nbytes if run.lr_kv is not None else 0)

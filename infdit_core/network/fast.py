@@ -7,13 +7,16 @@ the plain path of PyTorch.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 DEVICES: dict[str, set[str]] = {
-    "norm": {"cpu", "cuda", "mps", "xpu", "meta"},
+    "norm": {"cpu", "cuda", "mps", "xpu"},
     "place": {"cuda"},
     "join": {"cuda"},
     "gelu": {"cuda"},
@@ -28,14 +31,27 @@ DEVICES: dict[str, set[str]] = {
 - backends: the attention kernel that is measured to be the fastest. On a CPU there is one.
 """
 
+_counted_as = ContextVar("counted_as", default="cpu")
+
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def counted_as(device_type: str) -> Iterator[None]:
+    """On the meta device take the ways of this type of device: of a CPU outside."""
+    token = _counted_as.set(device_type)
+    try:
+        yield
+    finally:
+        _counted_as.reset(token)
 
 
 def uses(way: str, x: Tensor) -> bool:
     """Whether a computation on x goes that way."""
     if torch.compiler.is_compiling():  # the compiler finds its own
         return False
-    if x.device.type not in DEVICES[way] or (torch.is_grad_enabled() and x.requires_grad):
+    kind = _counted_as.get() if x.device.type == "meta" else x.device.type
+    if kind not in DEVICES[way] or (torch.is_grad_enabled() and x.requires_grad):
         return False
     return way not in ("place", "join") or _kernels_work(x.device)
 

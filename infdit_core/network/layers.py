@@ -216,6 +216,16 @@ class Layer(nn.Module):
         self.attention = BlockAttention(config, factory, ops)
         self.mlp = MLP(config, factory, ops)
 
+    @property
+    def fused(self) -> bool:
+        """Whether normalisation and rotary are one kernel, and gelu is none of its own."""
+        compiled = "project" in vars(self.attention)
+        parts = {"place": self.attention.qk_norm, "gelu": self.mlp.fc1}
+        return not compiled and all(
+            fast.uses(way, part.weight) and fast.is_plain(part, part.weight)
+            for way, part in parts.items()
+        )
+
     def compile_parts(self, **options: Any) -> None:
         """Fuse what lies around the attention: norm, modulation, rotary; the MLP."""
         compiled = torch.compile(BlockAttention.project, **options)

@@ -30,6 +30,7 @@ from .layers import (
     modulated_norm,
     time_features,
 )
+from .precision import exact_convolutions
 from .prior import Prior
 from .rope import Rotary, rotary_factors
 from .run import Run
@@ -282,7 +283,8 @@ class InfDiT(nn.Module):
         x, c = (p[..., rows, columns].to(concat_scale.device) for p in (x, concat))
         if c_in is not None:
             x = (x if self.prior is None else x - c.to(x)) * c_in
-        tokens = self.patch_embed(torch.cat([x, c * concat_scale], dim=1).to(dtype))
+        with exact_convolutions(dtype):
+            tokens = self.patch_embed(torch.cat([x, c * concat_scale], dim=1).to(dtype))
         # (B, hidden, patch rows, patch columns)
         return rearrange(
             tokens, "b h (r y) (c x) -> b r c (y x) h", r=chunk.rows, c=chunk.columns
@@ -354,7 +356,8 @@ class InfDiT(nn.Module):
         for piece in pieces or [halo.within(grid.whole)]:
             rows, columns = piece.scaled(px)
             seen = lr[..., rows, columns].to(like)
-            tokens = rearrange(self.lr_embed(seen), "b h y x -> b y x h")
+            with exact_convolutions(seen.dtype):
+                tokens = rearrange(self.lr_embed(seen), "b h y x -> b y x h")
             rows, columns = piece.seen_from(halo).scaled(side)
             made[:, :, rows, columns] = self.cross_attention.keys_values(tokens.contiguous())
             del tokens  # it would live into the next turn
@@ -415,6 +418,14 @@ class InfDiT(nn.Module):
         """
         for layer in cast("list[Layer]", self.layers):
             layer.compile_parts(dynamic=True, **options)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the ways of a GPU that take less memory (`fast`) compute all layers as they are.
+
+        Not where ComfyUI casts weights at use, nor with compiled layers.
+        """
+        return all(layer.fused for layer in cast("list[Layer]", self.layers))
 
     def run_eagerly(self) -> None:
         """Undo `compile_layers`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import LR_SCALE
+from .precision import exact_convolutions
 
 BAND_PX = 2**18
 """LR pixels that `Prior.add_to` takes at a time, besides the rows around them."""
@@ -63,11 +64,12 @@ class Prior(nn.Module):
 
     def forward(self, lr: Tensor) -> Tensor:
         """The correction: (B, 3, h, w) about [-1, 1] -> (B, 3, 4h, 4w), in the dtype of lr."""
-        first = self.head(lr)  # (B, width, h, w)
-        x = first
-        for pair in self.body:
-            x = pair(x)
-        return F.pixel_shuffle(self.tail(x + first), LR_SCALE)
+        with exact_convolutions(lr.dtype):
+            first = self.head(lr)  # (B, width, h, w)
+            x = first
+            for pair in self.body:
+                x = pair(x)
+            return F.pixel_shuffle(self.tail(x + first), LR_SCALE)
 
     def add_to(
         self,

@@ -11,6 +11,7 @@ import torch
 from infdit_core import bands
 from infdit_core.blocks.grid import Grid
 from infdit_core.blocks.schedules import BlockMajor, Full, LayerMajor
+from infdit_core.checkpoints.load import BUNDLED_FOLDER, load_model
 from infdit_core.edm import edm_sigmas
 from infdit_core.memory import host, planner
 from infdit_core.memory.adaptive import Adaptive, is_out_of_memory, memory_budget
@@ -308,3 +309,35 @@ def test_a_small_picture_needs_no_measuring(side, monkeypatch):
     assert small.cost == measured[0].cost
     assert small.peak_bytes >= max(p.peak_bytes for p in measured)
     assert planner.small_plan(work, 3 * small.peak_bytes) is None
+    assert str(small).startswith(f"{small.schedule}, at most ")
+
+
+@pytest.mark.parametrize("side", [2048, 4096])
+def test_a_bound_grows_with_the_chunk_and_not_with_the_picture(side):
+    config = load_model(BUNDLED_FOLDER / "infdit_small.safetensors").config
+    work = Workload(config, side, side, torch.bfloat16)
+    small = planner.small_plan(work, 1e12)
+    assert small is not None
+    counted = peak_bytes(work, small.schedule)
+    assert counted < small.peak_bytes < counted + 1.1e9
+
+
+SEEN = {
+    Full(): 5419499520,
+    LayerMajor(16): 1267793920,
+    LayerMajor(16, tokens_on_host=True): 806420480,
+    BlockMajor(4): 3470196736,
+    BlockMajor(4, frontier_on_host=True): 1184038912,
+}
+"""Peaks of an evaluation by an H200: benchmarks/results/evaluation_cuda_released_bf16_2048.json."""
+
+
+@pytest.mark.parametrize(("schedule", "seen"), SEEN.items(), ids=str)
+def test_a_gpu_took_what_is_predicted(schedule, seen):
+    pytest.importorskip("triton")
+    config = replace(RELEASED, vector_size=0)
+    work = Workload(config, 2048, 2048, torch.bfloat16, fused=True)
+    denoised = 4 * 3 * 2048**2
+    assert evaluation_bytes(work, schedule) + denoised == pytest.approx(seen, rel=0.05)
+    plainly = evaluation_bytes(replace(work, fused=False), schedule)
+    assert plainly >= evaluation_bytes(work, schedule)

@@ -204,9 +204,21 @@ def test_layers_that_cast_patch_or_round_are_called():
         delattr(layer, name)
 
 
+def test_layers_say_whether_all_of_them_are_fused(on_cpu, monkeypatch):
+    model = random_model(TINY, std=0.2)
+    assert not model.fused
+    monkeypatch.setitem(fast.DEVICES, "gelu", {"cpu"})
+    assert model.fused
+    model.compile_layers()
+    assert not model.fused
+    model.run_eagerly()
+    monkeypatch.setattr(model.layers[1].mlp.fc1, "comfy_cast_weights", True, raising=False)
+    assert not model.fused
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_all_of_them_give_what_the_plain_ones_give(monkeypatch):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     model = random_model(replace(TINY, hidden_size=160), std=0.1).cuda()
     x, cond = random_condition(model, 3, 4)
     x, cond = x.cuda(), replace(cond, concat=cond.concat.cuda(), lr=cond.lr.cuda(), vector=None)

@@ -51,7 +51,7 @@ def test_true_positions_differ_from_the_release_only_past_its_wrap():
 )
 @pytest.mark.parametrize("name", golden_cases("*/a_full_?x?.safetensors"))
 def test_denoised_equals_the_release_on_cuda(name, dtype, maximum):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     tensors = {k: v.cuda() for k, v in golden(name).items()}
     model = golden_model(name.split("/")[0], dtype).cuda()
     for key in (k for k in tensors if k.startswith("out_sigma")):
