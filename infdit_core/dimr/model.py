@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..precision import exact_convolutions
 from .config import DiMRConfig, StageConfig
 from .layers import Block, Enlarge, LayerNorm, all_of, vectors
 
@@ -127,9 +128,10 @@ class DiMR(nn.Module):
         if len(s) > 1 and (s == s[0]).all():
             s = s[:1]
         eps, features = [], None
-        for stage in self.stages:
-            out, features = stage(x, s, classes, features)
-            eps.append(out)
+        with exact_convolutions(x.dtype):
+            for stage in self.stages:
+                out, features = stage(x, s, classes, features)
+                eps.append(out)
         return eps
 
 

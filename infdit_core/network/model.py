@@ -18,6 +18,7 @@ from ..blocks.grid import Chunk, Frontier, Grid, Strip
 from ..blocks.schedules import Full, Schedule
 from ..edm import SIGMA_DATA, preconditioning
 from ..errors import InfDiTError
+from ..precision import exact_convolutions
 from .attention import Attend, sdpa
 from .condition import Condition
 from .config import LR_SCALE, InfDiTConfig
@@ -30,7 +31,6 @@ from .layers import (
     modulated_norm,
     time_features,
 )
-from .precision import exact_convolutions
 from .prior import Prior
 from .rope import Rotary, rotary_factors
 from .run import Run

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..precision import exact_convolutions
 from .config import LR_SCALE
-from .precision import exact_convolutions
 
 BAND_PX = 2**18
 """LR pixels that `Prior.add_to` takes at a time, besides the rows around them."""

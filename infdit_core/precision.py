@@ -8,18 +8,25 @@ so, and who allows that means it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
-_NEWER = getattr(torch.backends.cudnn, "conv", None)
-_API = (  # from PyTorch 2.9 on the older one refuses to be read where the newer one was used
-    (_NEWER, "fp32_precision", "ieee")
-    if _NEWER is not None
-    else (torch.backends.cudnn, "allow_tf32", False)
-)
-"""Where PyTorch keeps it for the whole process, under which name, and what is exact."""
+
+def _setting() -> tuple[Any, str, Any]:
+    """Where PyTorch keeps it for the whole process, under which name, and what is exact.
+
+    The older of two names, which other programs read: it cannot be read while convolutions differ
+    from what it stands for, and then the newer one has been used already.
+    """
+    try:
+        _ = torch.backends.cudnn.allow_tf32
+        return torch.backends.cudnn, "allow_tf32", False
+    except RuntimeError:
+        return torch.backends.cudnn.conv, "fp32_precision", "ieee"
 
 
 class _WithoutTF32(AbstractContextManager):
@@ -27,22 +34,23 @@ class _WithoutTF32(AbstractContextManager):
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._before: Any = None
+        self._restore: Callable[[], None] | None = None
 
     def __enter__(self) -> None:
-        where, name, exact = _API
         with self._lock:
             if not self._inside:
-                self._before = getattr(where, name)
-                setattr(where, name, exact)
+                where, name, exact = _setting()
+                before = getattr(where, name)
+                self._restore = partial(setattr, where, name, before) if before != exact else None
+                if self._restore:
+                    setattr(where, name, exact)
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        where, name, _exact = _API
         with self._lock:
             self._inside -= 1
-            if not self._inside:
-                setattr(where, name, self._before)
+            if not self._inside and self._restore:
+                self._restore()
 
 
 _without_tf32 = _WithoutTF32()

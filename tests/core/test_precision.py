@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from infdit_core.network import precision
-from infdit_core.network.precision import exact_convolutions
+from infdit_core.precision import exact_convolutions
 from tests.goldens import TINY_PRIOR, random_condition, random_model
 
 CUDNN = torch.backends.cudnn
@@ -20,10 +19,9 @@ def allowed():
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_convolutions_of_the_network_use_no_tf32_in_float32(dtype, default, monkeypatch):
     seen, forward = [], nn.Conv2d.forward
-    where, name, exact = precision._API
 
     def watched(self, x):
-        seen.append((x.dtype, getattr(where, name) == exact, CUDNN.benchmark, CUDNN.deterministic))
+        seen.append((x.dtype, CUDNN.allow_tf32, CUDNN.benchmark, CUDNN.deterministic))
         return forward(self, x)
 
     monkeypatch.setattr(nn.Conv2d, "forward", watched)
@@ -38,7 +36,7 @@ def test_convolutions_of_the_network_use_no_tf32_in_float32(dtype, default, monk
     model.prior.add_to(cond.concat, cond.lr, "cpu", dtype)
     assert patches == 2  # of the picture and of the LR picture
     assert len(seen) == patches + 2 + 2 * TINY_PRIOR.prior_depth
-    assert set(seen) == {(dtype, dtype == FP32, True, before[2])}
+    assert set(seen) == {(dtype, default and dtype != FP32, True, before[2])}
     assert allowed() == before
 
 
@@ -48,7 +46,14 @@ def test_what_was_allowed_comes_back_when_the_last_thread_is_out():
     first.__enter__()
     with pytest.raises(RuntimeError, match="of the network"), second:
         raise RuntimeError("of the network")
-    where, name, exact = precision._API
-    assert getattr(where, name) == exact
+    assert not CUDNN.allow_tf32
     first.__exit__(None, None, None)
     assert allowed() == before
+
+
+@pytest.mark.skipif(not hasattr(CUDNN, "conv"), reason="PyTorch before 2.9 has one name for it")
+def test_who_used_the_newer_name_finds_what_was_set(monkeypatch):
+    monkeypatch.setattr(CUDNN.rnn, "fp32_precision", "ieee")  # and the older one cannot be read
+    with exact_convolutions(FP32):
+        assert CUDNN.conv.fp32_precision == "ieee"  # type: ignore[attr-defined] - absent from its stubs
+    assert CUDNN.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
