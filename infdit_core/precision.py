@@ -26,7 +26,8 @@ def _setting() -> tuple[Any, str, Any]:
         _ = torch.backends.cudnn.allow_tf32
         return torch.backends.cudnn, "allow_tf32", False
     except RuntimeError:
-        return torch.backends.cudnn.conv, "fp32_precision", "ieee"
+        newer = torch.backends.cudnn.conv  # type: ignore[attr-defined] - absent from its stubs
+        return newer, "fp32_precision", "ieee"
 
 
 class _WithoutTF32(AbstractContextManager):
