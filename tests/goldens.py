@@ -1,7 +1,8 @@
 """Tensors recorded by running the authors' release with tiny random weights.
 
-`tests/golden` holds all that the tests need. A folder of further recordings is named by
-INFDIT_GOLDEN; its cases are marked `extra`:
+`tests/golden` holds all that the tests need, large tensors thinned out to every third or fifth
+entry of an axis. A folder of further recordings is named by INFDIT_GOLDEN; its cases are marked
+`extra`:
 
     INFDIT_GOLDEN=FOLDER python3 tools/dev.py test -m "extra and not slow and not gpu"
 """
@@ -43,6 +44,12 @@ def golden(name: str) -> dict[str, torch.Tensor]:
     if not paths:
         raise FileNotFoundError(f"Expected {name} in one of {FOLDERS}; there is none.")
     return {key: tensor for path in paths for key, tensor in load_file(path).items()}
+
+
+def thinned(found: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
+    """Every n-th entry of each axis, as many as were recorded."""
+    strides = (-(-a // b) for a, b in zip(found.shape, recorded.shape, strict=True))
+    return found[tuple(slice(None, None, stride) for stride in strides)]
 
 
 def golden_marks(name: str, key: str | None = None) -> list[pytest.MarkDecorator]:

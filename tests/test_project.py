@@ -1,4 +1,4 @@
-"""The project's own rules, as tests: lint, format and types."""
+"""The project's own rules, as tests: lint, format, types and the size of the recordings."""
 
 import importlib.util
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.goldens import GOLDEN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,3 +27,9 @@ def test_clean(command: list[str]):
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_recordings_stay_small():
+    sizes = {p.relative_to(GOLDEN): p.stat().st_size for p in GOLDEN.rglob("*") if p.is_file()}
+    largest = sorted(sizes, key=sizes.__getitem__)[-5:]
+    assert sum(sizes.values()) <= 20_000_000, f"thin out tests/golden; its largest: {largest}"

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from infdit_core.clip import ClipGuide, GuidanceError, read_clip
-from tests.goldens import GOLDEN, golden, golden_marks
+from tests.goldens import GOLDEN, golden, golden_marks, thinned
 
 RECORDED = "e_clip/preprocess.safetensors"
 TOWER = GOLDEN / "e_clip" / "tiny_clip.safetensors"
@@ -30,7 +30,8 @@ def test_embeddings_equal_the_release(guide, size):
     tensors = golden(RECORDED)
     image = tensors[f"in_{size}_u8"].float().permute(1, 2, 0)[None] / 255
     if (prepared := tensors.get(f"out_{size}")) is not None:
-        torch.testing.assert_close(guide.preprocess(image)[0], prepared, atol=1e-5, rtol=0)
+        found = thinned(guide.preprocess(image)[0], prepared)
+        torch.testing.assert_close(found, prepared, atol=1e-5, rtol=0)
     embedding = tensors[f"tiny_embed_{size}"]
     torch.testing.assert_close(guide.guide(image).flatten(), embedding, atol=1e-5, rtol=0)
 

@@ -1,7 +1,6 @@
 """DiMR's nodes: what they take, and what they say to all else."""
 
 import importlib
-import shutil
 from collections import OrderedDict
 
 import pytest
@@ -56,7 +55,7 @@ def test_the_list_has_the_files_of_dimr_alone(comfy, dimr, load):
     assert not {"tiny.safetensors", "page.pth", "infdit_small.safetensors"} & set(names)
     assert node.validate_inputs("2r.safetensors") is True
     version = node.fingerprint_inputs("page.pth")
-    shutil.copy(golden_path("dimr/tiny_2r.pth"), folder / "page.pth")
+    torch.save(load_file(golden_path("dimr/tiny_2r.safetensors")), folder / "page.pth")
     assert node.fingerprint_inputs("page.pth") != version
     said = node.validate_inputs("DiMR-XL_2R_800epochs.pth")
     assert "'DiMR-XL_2R_800epochs.pth' is not there" in said

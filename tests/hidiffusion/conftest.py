@@ -28,7 +28,7 @@ def unets(comfy):
     for name in ("sdxl", "sd15"):
         arguments = unet_arguments(name)
         unet = UNetModel(**arguments, dtype=torch.float32, operations=disable_weight_init)
-        unet.load_state_dict(unet_state(name))
+        unet.load_state_dict({k: v.float() for k, v in unet_state(name).items()})
         made[name] = unet.eval().requires_grad_(False)
     return made
 

@@ -4,11 +4,12 @@ Import inside ComfyUI only: the functions import it, the module does not.
 """
 
 import json
+import math
+from functools import cache
 
 import torch
-from safetensors.torch import load_file
 
-from tests.goldens import golden_path
+from tests.goldens import golden, golden_path
 
 DEFAULTS = {
     "preset": "auto",
@@ -20,6 +21,7 @@ DEFAULTS = {
     "seed": 0,
     "timing": "sampler steps",
 }
+WEIGHTS_SEED = {"sdxl": 20240, "sd15": 20241}
 
 
 def unet_arguments(name):
@@ -28,10 +30,55 @@ def unet_arguments(name):
     ]
 
 
+def draw(shape, generator):
+    """torch.randn in float64: its float32 differs between processors, its torch.rand does not."""
+    if math.prod(shape) < 16:
+        return torch.randn(shape, generator=generator).double()
+    u = torch.rand(math.prod(shape), generator=generator).double().view(-1, 2, 8)
+    radius, angle = (-2 * (1 - u[:, :1]).log()).sqrt(), 2 * math.pi * u[:, 1:]
+    return (radius * torch.cat([angle.cos(), angle.sin()], 1)).view(shape)
+
+
+def rounded(flat, name):
+    """In half precision as recorded, which is one step off where float32 had rounded before."""
+    known, flat = golden(f"hidiffusion/{name}_rounding.safetensors"), flat.half()
+    flat[known["index"].long()] = known["value"]
+    return flat
+
+
+def base_latent():
+    """The noise (1, 4, 256, 256) whose corners were the inputs of the recordings."""
+    noise = draw((1, 4, 256, 256), torch.Generator().manual_seed(77))
+    return rounded(noise.flatten(), "latents").view(noise.shape).float()
+
+
+@cache
 def unet_state(name):
-    prefix = "model.diffusion_model."
-    tensors = load_file(golden_path(f"hidiffusion/{name}/unet_ldm.safetensors"))
-    return {k.removeprefix(prefix): v.float() for k, v in tensors.items()}
+    """The weights of the recordings, float16, drawn in the order of diffusers' names."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.ops import disable_weight_init
+    from comfy.utils import unet_to_diffusers
+
+    arguments, drawn = unet_arguments(name), {}
+    unet = UNetModel(**arguments, device="meta", operations=disable_weight_init)
+    shapes = {key: tensor.shape for key, tensor in unet.state_dict().items()}
+    generator = torch.Generator().manual_seed(WEIGHTS_SEED[name])
+    for theirs, ours in sorted(unet_to_diffusers(arguments).items()):
+        if ours not in shapes or theirs.startswith("class_embedding."):
+            continue  # the map has keys of other networks, and SDXL's embedding under two names
+        tensor = draw(shapes[ours], generator)
+        if tensor.ndim > 1:
+            gain = 1.6 if theirs.endswith(("to_q.weight", "to_k.weight")) else 1.0
+            gain = 0.8 if theirs.endswith("conv2.weight") else gain
+            tensor *= gain * tensor[0].numel() ** -0.5
+        elif theirs.endswith("weight"):
+            tensor = 1 + 0.2 * tensor
+        else:
+            tensor *= 0.1 if "norm" in theirs else 0.05
+        drawn[ours] = tensor
+    flat = rounded(torch.cat([t.flatten() for t in drawn.values()]), f"{name}/weights")
+    parts = flat.split([t.numel() for t in drawn.values()])
+    return {k: p.view(shapes[k]) for k, p in zip(drawn, parts, strict=True)}
 
 
 def base_model(name, dtype=torch.float32, manual_cast=None, model_type=None, **arguments):
@@ -51,7 +98,8 @@ def base_model(name, dtype=torch.float32, manual_cast=None, model_type=None, **a
     config.set_inference_dtype(dtype, manual_cast)
     model = Tiny(config, model_type or ModelType.EPS)
     if not arguments:
-        model.diffusion_model.load_state_dict({k: v.to(dtype) for k, v in unet_state(name).items()})
+        state = {k: v.to(dtype, copy=True) for k, v in unet_state(name).items()}
+        model.diffusion_model.load_state_dict(state)
     cpu = torch.device("cpu")
     return ModelPatcher(model, load_device=cpu, offload_device=cpu)
 

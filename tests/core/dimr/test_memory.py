@@ -13,7 +13,7 @@ from tests.goldens import golden_path
 
 @pytest.mark.parametrize(
     ("name", "heads", "dtype"),
-    [("tiny_2r.pth", 4, torch.float32), ("tiny_3r.safetensors", 2, torch.bfloat16)],
+    [("tiny_2r.safetensors", 4, torch.float32), ("tiny_3r.safetensors", 2, torch.bfloat16)],
 )
 def test_sampling_takes_what_is_predicted(name, heads, dtype):
     model = load_model(golden_path(f"dimr/{name}"), dtype=dtype, heads=heads)
