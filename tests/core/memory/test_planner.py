@@ -83,7 +83,7 @@ def test_sampling_takes_what_is_predicted(schedule, residual):
     with LiveBytes() as live:
         noise, cond = random_condition(model, 6, 6)
         cache = ResidualCache(1) if residual else None
-        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule, cache=cache)
+        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule, run=Run(cache=cache))
     side = 6 * model.config.block_px
     work = Workload(model.config, side, side, torch.float32, weights=False, residual=residual)
     predicted = peak_bytes(work, schedule)
