@@ -1,6 +1,8 @@
 """A folder whose pictures wait on disk."""
 
 import importlib
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,8 @@ from PIL import Image
 
 from infdit_core.__main__ import main
 from infdit_core.pictures.files import read_image
+from tests.nodes.photos import put
+from tools.comfy_server import running_server
 
 pytestmark = pytest.mark.comfy
 
@@ -91,6 +95,76 @@ def test_after_a_cancel_it_goes_on_from_the_last_step(
     assert node.fingerprint_inputs("photos", recursive=True) == before
     run(overwrite=True)
     assert [*other.parent.iterdir()] == [other]
+
+
+def test_a_result_that_could_not_be_written_is_not_drawn_again(
+    comfy, folders, run, evaluations, monkeypatch
+):
+    node = comfy.module("nodes.infdit.folder")
+
+    def refused(path, *args, write=node.write_image, **options):
+        if path.stem == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, *args, **options)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(node, "write_image", refused)
+        with pytest.raises(ValueError, match=r"1 of 3 pictures .*: a.png"):
+            run()
+    evaluations.clear()
+    run()
+    assert not evaluations
+    assert len([*(folders[1] / "photos").iterdir()]) == 3
+
+
+def test_out_of_memory_goes_to_less(comfy, folders, run, monkeypatch, caplog):
+    run(output_folder="whole", longest_edge=512)
+    net, failed = comfy.module("infdit_core.network.model").InfDiT, []
+
+    def layer(self, n, tokens, *args, layer=net.layer):
+        if tokens.device.type == "cpu" and not failed:
+            failed.append(tokens.shape)
+            raise torch.OutOfMemoryError("out of memory")
+        return layer(self, n, tokens, *args)
+
+    monkeypatch.setattr(net, "layer", layer)
+    run(longest_edge=512)
+    assert "out of memory with" in caplog.text
+    for path in (folders[1] / "photos").iterdir():
+        assert (picture(path) - picture(folders[1] / "whole" / path.name)).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_after_a_kill_another_server_goes_on(comfy_source: Path, tmp_path: Path):
+    graph = {
+        "load": {
+            "class_type": "InfDiTCheckpointLoader",
+            "inputs": {"model_name": "infdit_small.safetensors", "weight_dtype": "default"},
+        },
+        "folder": {
+            "class_type": "InfDiTUpscaleFolder",
+            "inputs": {
+                "model": ["load", 0], "folder": "photos", "upscale_by": 4.0, "seed": 0,
+                "preset": "draft", "denoise": 1.0, "output_folder": "", "format": "tif",
+                "bit_depth": "8", "overwrite": False, "pictures_on_disk": True,
+            },
+        },
+    }  # fmt: skip
+    put(tmp_path / "input" / "photos", {"a.png": (96, 80)})
+    target, server = tmp_path / "output" / "photos", (Path(sys.executable), comfy_source, tmp_path)
+    with running_server(*server, arguments=["--cpu"]) as first:
+        first.queue(graph)
+        deadline = time.monotonic() + 120
+        while not [*target.glob(f"{SCRATCH}/*.infdit-state")]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        first.process.kill()
+        first.process.wait()
+    assert not [*target.glob("*.tif")]
+    with running_server(*server, arguments=["--cpu"]) as second:
+        second.submit(graph, timeout=120)
+        assert "going on after step" in second.log()
+    assert [path.name for path in target.iterdir()] == ["a.tif"]
 
 
 def test_a_lora_is_applied_and_the_state_is_of_the_model_with_it(comfy, folders, run, load):
