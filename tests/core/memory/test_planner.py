@@ -222,9 +222,7 @@ def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2e9)
     weight = SimpleNamespace(device=torch.device("cuda", 0), nbytes=1e9)
-    net = SimpleNamespace(
-        final=SimpleNamespace(linear=SimpleNamespace(weight=weight)), parameters=lambda: [weight]
-    )
+    net = SimpleNamespace(device=weight.device, parameters=lambda: [weight])
     assert memory_budget(cast("InfDiT", net)) == pytest.approx(0.9 * 5e9 + 1e9)
 
 
