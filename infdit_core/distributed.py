@@ -74,7 +74,7 @@ class LocalStripSampler(Sampler):
     def __call__(self, canvas: Canvas) -> Tensor:
         px, grid = self.block_px, _grid(canvas, self.block_px)
         models = [self.model, *self.others][: grid.lines]
-        devices = [model.final.linear.weight.device for model in models]
+        devices = [model.device for model in models]
         own = dict(zip(grid.strips([1] * len(models)), models, strict=True))
         result = torch.empty_like(canvas.concat, dtype=torch.float32, device="cpu")
 

@@ -25,8 +25,7 @@ from .edm import RHO, SIGMA_MAX, partial_sigmas
 from .errors import InfDiTError
 from .network.condition import Condition
 from .network.model import InfDiT
-from .network.residual_cache import ResidualCache
-from .network.run import Progress, Run
+from .network.run import Run
 from .resume import State
 from .scratch import Empty, in_memory
 
@@ -325,8 +324,7 @@ def sample(
     schedule: Schedule | None = None,
     retry: Retry | None = None,
     callback: Callback | None = None,
-    progress: Progress | None = None,
-    cache: ResidualCache | None = None,
+    run: Run | None = None,
     start: Tensor | None = None,
     wrap: Callable[[Tensor], Tensor] | None = None,
     mask: Tensor | None = None,
@@ -347,8 +345,7 @@ def sample(
             which takes a smaller one when memory runs out.
         callback: called with a `Step` once in every step; may raise to cancel. Its pictures are
             overwritten afterwards.
-        progress: called after every cell of an evaluation; may raise to cancel.
-        cache: a new one, to leave out layers where sigma has hardly changed; exact if None.
+        run: a new one, with what is wanted of it; it is released at the end.
         start: (B, 3, H, W) in [-1, 1], the picture to start from in place of the LR picture.
         wrap: fills margins of a (B, 3, H, W), before and after every evaluation.
         mask: (B, 1, H, W), 1 where the picture is drawn and 0 where it stays that of the start.
@@ -367,7 +364,7 @@ def sample(
         raise InfDiTError(f"unknown solver {solver!r}, expected one of {', '.join(SOLVERS)}")
     levels = check_sigmas(sigmas)
     schedule = schedule or Full()
-    run = Run(progress, cache)
+    run = run or Run()
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         if mask is not None:
@@ -387,7 +384,7 @@ def sample(
         return empty(x.shape, x.device)
 
     first = cond.concat if start is None else start
-    x = empty(first.shape, schedule.pictures_device or model.final.linear.weight.device)
+    x = empty(first.shape, schedule.pictures_device or model.device)
     first = first.to(x)
     if mask is not None:
         if not isinstance(noise, Tensor):

@@ -45,8 +45,8 @@ def in_memory(shape: Sequence[int], device: torch.device | str = "cpu") -> Tenso
 class Scratch:
     """Pictures in files of a folder, which is made if it is not there.
 
-    Use it inside `with` for one run: what the run left for another to go on is removed at its end,
-    and stays where an error or a signal ends it.
+    Use it inside `with` for one run after another: what the run left for another to go on is
+    removed at its end, and stays where an error or a signal ends it.
 
     Raises:
         ScratchError: nothing can be written there.
@@ -72,6 +72,7 @@ class Scratch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.forget()
+        self._states.clear()
 
     def forget(self) -> None:
         """Remove what the runs so far left for others to go on: their results are in safety."""

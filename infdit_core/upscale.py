@@ -20,7 +20,7 @@ from .network.config import LR_SCALE
 from .network.model import InfDiT
 from .network.prior import interpolate
 from .network.residual_cache import ResidualCache
-from .network.run import Progress
+from .network.run import Progress, Run
 from .pictures.alpha import fill_invisible
 from .pictures.colour_fix import fix_colours
 from .pictures.mask import check_mask, lay_mask, masked, paste, resize_mask
@@ -108,7 +108,7 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        return self.model.final.linear.weight.device
+        return self.model.device
 
     @property
     def empty(self) -> Empty:
@@ -117,8 +117,7 @@ class Sampler:
 
     def prepare(self, canvas: Canvas) -> Canvas:
         """The canvas with the picture of the model's prior, if it has one."""
-        weight = self.model.final.linear.weight
-        return with_prior(canvas, self.model, weight.device, weight.dtype, self.empty)
+        return with_prior(canvas, self.model, self.model.device, self.model.dtype, self.empty)
 
     def __call__(self, canvas: Canvas) -> Tensor:
         """A sampled (B, 3, H, W) float32 on the CPU."""
@@ -162,8 +161,7 @@ class Sampler:
             schedule=schedule,
             retry=retry,
             callback=self.callback,
-            progress=self.progress,
-            cache=ResidualCache(self.reuse_layers) if self.reuse_layers else None,
+            run=self.new_run(),
             start=canvas.start,
             wrap=canvas.wrap,
             mask=canvas.mask,
@@ -184,6 +182,14 @@ class Sampler:
             found = plans(work)
             return Adaptive(found, memory, first=lean_plan(found, memory, ram), host_bytes=ram)
         return Adaptive(lambda: plans(work), memory, first=small_plan(work, memory), host_bytes=ram)
+
+    def new_run(self) -> Run:
+        """What the evaluations of a canvas share."""
+        return Run(self.progress, ResidualCache(self.reuse_layers) if self.reuse_layers else None)
+
+    def weights_digest(self) -> str:
+        """Of all that decides what the network computes."""
+        return digest(self.model.state_dict())
 
     def require_scratch(self, source: tuple[int, int], size: tuple[int, int]) -> None:
         """Refuse a pass whose pictures do not fit the disk, or cannot be in files.
@@ -215,8 +221,7 @@ class Sampler:
         if self.scratch is None:
             return None
         if self._digest is None:
-            self._digest = digest(self.model.state_dict())
-        weight = self.model.final.linear.weight
+            self._digest = self.weights_digest()
         given = {"source": canvas.source}
         if canvas.vector is not None:
             given["vector"] = canvas.vector
@@ -227,18 +232,17 @@ class Sampler:
             "seed": self.seed,
             "solver": cast("Preset", self.preset).solver,
             "sigmas": sigmas.tolist(),
-            "dtype": str(weight.dtype),
-            "device": weight.device.type,
+            "dtype": str(self.model.dtype),
+            "device": self.device.type,
         }
         return self.scratch.state(about)
 
     _digest: str | None = field(default=None, init=False, repr=False)
 
     def _workload(self, canvas: Canvas, strip: Strip | None = None) -> Workload:
-        weight = self.model.final.linear.weight
         batch, _, height, width = canvas.concat.shape
-        config, kind = self.model.config, weight.device.type
-        work = Workload(config, height, width, weight.dtype, batch, kind)
+        config, kind = self.model.config, self.device.type
+        work = Workload(config, height, width, self.model.dtype, batch, kind)
         solver = SOLVER_PICTURES[cast("Preset", self.preset).solver]
         return replace(
             work,
@@ -352,7 +356,7 @@ def upscale(
         mask = check_mask(mask, len(image), size)
     passes, empty = pass_sizes(source_size, size), in_memory
     if isinstance(draw, Sampler) and draw.scratch is not None:
-        _check_scratch(image, start, wrap, mask)
+        check_scratch(image, start, wrap, mask)
         draw.require_scratch([source_size, *passes][-2], size)
         empty = draw.empty
     else:
@@ -388,8 +392,10 @@ def upscale(
     return torch.cat(results) if len(results) > 1 else results[0]
 
 
-def _check_scratch(image: Tensor, start: Tensor | None, wrap: str, mask: Tensor | None) -> None:
-    """Refuse what is not made in bands.
+def check_scratch(
+    image: Tensor, start: Tensor | None = None, wrap: str = "none", mask: Tensor | None = None
+) -> None:
+    """Refuse what is not made in bands, with pictures in scratch files.
 
     Raises:
         PlanError: says what.

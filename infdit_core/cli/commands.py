@@ -97,7 +97,7 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     if not jobs.single:  # what none of them could do is said once
         make_folder(args.output)
         check_writable(args.output / f"result.{args.format}", alpha=False, bit_depth=args.bit_depth)
-    check_jobs(jobs, result_size, args.bit_depth)
+    check_jobs(jobs, result_size, args.bit_depth, scratch=args.scratch is not None)
     if not jobs.todo:
         return
     # Of a single picture all that can be refused is refused before the model is loaded.

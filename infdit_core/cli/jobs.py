@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+import torch
 from torch import Tensor
 
 from ..errors import InfDiTError
@@ -19,9 +20,11 @@ from ..pictures.files import (
     ImageInfo,
     check_writable,
     fitting,
+    has_alpha,
     picture_size,
     read_image,
 )
+from ..upscale import check_scratch
 from .sources import identity, search, shown
 
 _SHOWN = 10
@@ -145,13 +148,16 @@ def plan_jobs(
     return jobs
 
 
-def check_jobs(jobs: Jobs, result_size: Callable[[Size], Size], bit_depth: int) -> None:
+def check_jobs(
+    jobs: Jobs, result_size: Callable[[Size], Size], bit_depth: int, *, scratch: bool = False
+) -> None:
     """Leave in `todo` what can be made, as far as that is known before any work.
 
     Folders of results are made, and the heads of the pictures are read.
 
     Args:
         result_size: the size of the result for the size of a picture.
+        scratch: whether pictures are in scratch files, where some cannot be.
     """
     planned, jobs.todo = jobs.todo, []
     folders = set()
@@ -164,6 +170,9 @@ def check_jobs(jobs: Jobs, result_size: Callable[[Size], Size], bit_depth: int) 
             if size is None:
                 read_image(source)  # it knows why
             else:
+                if scratch:
+                    channels = 4 if has_alpha(source) else 3
+                    check_scratch(torch.empty((1, *size, channels), device="meta"))
                 size = result_size(size)
             check_writable(target, alpha=False, bit_depth=bit_depth, size=size)
             jobs.todo.append((source, target))

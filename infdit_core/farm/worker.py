@@ -153,8 +153,7 @@ class Worker:
             _TooLargeError: it wants more.
         """
         model = self.upscaler.model
-        weight = model.final.linear.weight
-        work = Workload(model.config, *size, weight.dtype, device=weight.device.type)
+        work = Workload(model.config, *size, model.dtype, device=model.device.type)
         work = replace(work, residual=bool(self.args.reuse_layers))
         picture = math.prod(size) * _RESULT_BYTES_PER_PX
         if work.device == "cpu":  # the plan counts the solver's pictures; the result is one more

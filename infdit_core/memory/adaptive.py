@@ -113,7 +113,7 @@ class Adaptive:
 
 def memory_budget(net: InfDiT) -> float:
     """Bytes that a run may take on the network's device, its weights there included."""
-    device = net.final.linear.weight.device
+    device = net.device
     held = sum(p.nbytes for p in net.parameters() if p.device == device)
     if device.type != "cuda":
         return available_bytes() + held

@@ -82,6 +82,16 @@ class InfDiT(nn.Module):
         """Text that the file of the weights carries."""
         self._stream: LayerStream | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.final.linear.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation."""
+        return self.final.linear.weight.dtype
+
     def forward(
         self,
         x: Tensor,
@@ -179,26 +189,24 @@ class InfDiT(nn.Module):
         """D(x; sigma), the denoised picture: (B, 3, H, W) for x (B, 3, H, W) and sigma (B,) or one.
 
         With a prior, `cond.concat` is its picture P, and what is denoised is what x adds to it:
-        D(x) = P + c_skip · (x - P) + c_out · F(c_in · (x - P)). The network runs in the dtype of
-        its parameters, preconditioning in that of x, chunk by chunk and band by band.
+        D(x) = P + c_skip · (x - P) + c_out · F(c_in · (x - P)). The network runs in its own dtype,
+        preconditioning in that of x, chunk by chunk and band by band.
 
         Args:
             out: (B, 3, H, W) where D is written, like x; made if None.
         """
-        weight = self.final.linear.weight
         sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         factors = preconditioning(sigmas, self.config.sigma_data)
         c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in factors)
         if out is None:
             out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, sigmas.dtype))
-        at_weights = sigmas.to(weight.device)
         self(
             x,
-            at_weights,
+            sigmas.to(self.device),
             cond,
             schedule,
             run=run,
-            dtype=weight.dtype,
+            dtype=self.dtype,
             strip=strip,
             c_in=c_in,
             out=out,

@@ -45,10 +45,10 @@ def read(path: Path, *, head_only: bool = False) -> Decoded:
         PlanError: it does not fit the memory.
     """
     with _open(path) as image:
-        size = image.height, image.width, len(image.getbands())
         if head_only:
-            return Decoded(blank(*size), exif=image.getexif(), xmp=_xmp(image))
-        require_pixels(*size)
+            pixels = blank(image.height, image.width, 3 + image.has_transparency_data)
+            return Decoded(pixels, exif=image.getexif(), xmp=_xmp(image))
+        require_pixels(image.height, image.width, len(image.getbands()))
         image.load()
         pixels, space = _pixels(image, path)
         iptc = image.info.get("photoshop", {})

@@ -29,8 +29,18 @@ from .decoded import Colour, Decoded, ImageError, Piece, require_pixels
 from .levels import Levels, bands, values
 from .metadata import Metadata
 
-__all__ = ["READABLE", "ImageError", "ImageInfo", "check_writable", "fitting", "is_tiff",
-           "picture_size", "read_image", "write_image"]  # fmt: skip
+__all__ = [
+    "READABLE",
+    "ImageError",
+    "ImageInfo",
+    "check_writable",
+    "fitting",
+    "has_alpha",
+    "is_tiff",
+    "picture_size",
+    "read_image",
+    "write_image",
+]  # fmt: skip
 
 _FORMATS = {
     ".png": "PNG",
@@ -54,6 +64,8 @@ _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, A
 """What readers raise for damaged files; most were seen when fuzzing."""
 _BACK = {6: 8, 8: 6}
 """Orientations that undo another; all others undo themselves."""
+_COLOURS = {"GRAY": 1, "RGB": 3, "CMYK": 4}
+"""Channels of the spaces of `Decoded`, without alpha."""
 _MAX_SIDE = {"WEBP": 16383, "JPEG": 65535}
 
 logger = logging.getLogger(__name__)
@@ -125,6 +137,16 @@ def picture_size(path: str | Path) -> tuple[int, int] | None:
         return height, width
     except (Image.DecompressionBombError, MemoryError, *_DAMAGE):
         return None
+
+
+def has_alpha(path: str | Path) -> bool:
+    """Whether a picture will be read with alpha, as its file's head says.
+
+    Raises:
+        what readers raise for a file whose head cannot be read; `picture_size` is None for it.
+    """
+    decoded = _decoded(Path(path), head_only=True)
+    return decoded.pixels.shape[-1] > _COLOURS[decoded.space]
 
 
 def is_tiff(path: str | Path) -> bool:

@@ -27,7 +27,18 @@ from ...infdit_core.network.run import Run
 class CastingInfDiT(InfDiT):
     """`InfDiT` that keeps the cast weights of the layer at work, where layers come one by one."""
 
+    placed: tuple[torch.device, torch.dtype] | None = None
+    """Device and dtype of the computation; the weights', which may come to it when they are used,
+    if None."""
     _weights: _LayerWeights | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.placed[0] if self.placed else super().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placed[1] if self.placed else super().dtype
 
     def forward(
         self,

@@ -23,20 +23,18 @@ from ...infdit_core import edm
 from ...infdit_core.blocks.grid import Strip
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.errors import InfDiTError
-from ...infdit_core.memory.host import waiting_bytes
-from ...infdit_core.memory.planner import plans, small_plan
 from ...infdit_core.network.attention import sdpa
 from ...infdit_core.network.condition import Condition
 from ...infdit_core.network.config import InfDiTConfig
 from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
-from ...infdit_core.network.run import Run
+from ...infdit_core.network.run import Progress, Run
 from ...infdit_core.pictures.prepare import Canvas, Wrap
 from ...infdit_core.upscale import with_prior as computed_with_prior
 from ..common import ForOneModel, named_errors, require
 from .casting import CastingInfDiT
 from .patches import check_patches
-from .runs import GPU_SHARE, ConditionState, PlannedRun, Runs, ran_out_of_memory, workload
+from .runs import ConditionState, PlannedRun, Runs, ran_out_of_memory, wanted_bytes, workload
 from .several_gpus import CLONES, evaluate_in_strips
 
 CLIP_ATTACHMENT = "infdit_clip"
@@ -65,8 +63,6 @@ _FOR_OTHERS = ForOneModel(
 )
 _PICTURES = 9
 """Pictures of ComfyUI's samplers that are counted, which keep more than ours."""
-_FAST_COST = 1.1
-"""A plan is fast if it takes at most this much more time than the fastest."""
 _SAME_SIGMA = 1e-3
 """Difference in ln(sigma) that rounding makes: ComfyUI hands over ln(sigma)/4."""
 
@@ -178,8 +174,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
                 out[name] = comfy.conds.CONDRegular(tensor.to(kwargs["device"]))
         state = ConditionState(self._runs(kwargs["noise"], out["lr"].cond, kwargs.get("hooks")))
         if self.current_patcher is not None:
-            compiling = self.current_patcher.model_options.get(TORCH_COMPILE_KWARGS, {})
-            state.compiler = compiling.get("backend")
+            state.compiler = compiler_of(self.current_patcher)
         state.runs.patcher = self.current_patcher
         state.wrap = kwargs.get(_WRAP)
         if self.infdit.prior is not None:
@@ -214,30 +209,12 @@ class InfDiTModel(comfy.model_base.BaseModel):
         return super()._apply_model(x, t, *args, **kwargs)
 
     def memory_required(self, input_shape, cond_shapes=None):
-        """Bytes that sampling should find free: those of the leanest schedule that is fast.
-
-        Of a leaner one where the GPU has less beside the weights: ComfyUI would keep none there.
-        """
+        """Bytes that sampling should find free."""
         management, patcher = comfy.model_management, self.current_patcher
         device = management.get_torch_device() if patcher is None else patcher.load_device
-        net, dtype = self.diffusion_model.net, self.get_dtype_inference()
-        work = replace(workload(net, input_shape, dtype, device), pictures=_PICTURES)
-        if work.device == "cpu":
-            small = small_plan(work, management.get_free_memory(device))
-            if small is not None:
-                return small.peak_bytes
-        ram = waiting_bytes()
-        found = [p for p in plans(work) if p.host_bytes <= ram]
-        leanest = min(found, key=lambda p: p.peak_bytes)
-        fast = [p for p in found if p.cost <= _FAST_COST] or [leanest]
-        wanted = min(fast, key=lambda p: p.peak_bytes)
-        if work.device != "cpu":
-            weights = management.module_size(self) if patcher is None else patcher.model_size()
-            room = GPU_SHARE * management.get_total_memory(device)
-            room -= 1.1 * weights + management.extra_reserved_memory()  # as core reckons
-            if wanted.peak_bytes > room:
-                wanted = next((p for p in found if p.peak_bytes <= room), leanest)
-        return wanted.peak_bytes
+        work = workload(self.infdit, input_shape, self.get_dtype_inference(), device)
+        size = management.module_size(self) if patcher is None else patcher.model_size()
+        return wanted_bytes(replace(work, pictures=_PICTURES), size, device)
 
 
 class DiffusionModel(torch.nn.Module):
@@ -251,8 +228,14 @@ class DiffusionModel(torch.nn.Module):
         )
         self._compiler: str | Callable | None = None
 
-    def _compile(self, backend: str | Callable | None) -> None:
-        """Compile the parts of the layers, or have them run as they are."""
+    def compile_for(self, options: dict, backend: str | Callable | None) -> None:
+        """Compile the parts of the layers, or have them run as they are.
+
+        Args:
+            options: `transformer_options`.
+            backend: that core's node TorchCompileModel asks for; None for no such node.
+        """
+        backend = backend or ("inductor" if options.get(COMPILE) else None)
         if backend == self._compiler:
             return
         self.net.run_eagerly()
@@ -306,9 +289,9 @@ class DiffusionModel(torch.nn.Module):
         if device not in state.caches and (layers := options.get(REUSE_LAYERS, 0)):
             state.caches[device] = ResidualCache(layers, _SAME_SIGMA)
         run = state.runs.on(device, patcher)
-        run.progress = _interruptible(options.get(PROGRESS))
+        run.progress = interruptible(options.get(PROGRESS))
         run.cache = state.caches.get(device)
-        self._compile(state.compiler or ("inductor" if options.get(COMPILE) else None))
+        self.compile_for(options, state.compiler)
         return run
 
     def evaluate(
@@ -327,7 +310,7 @@ class DiffusionModel(torch.nn.Module):
         """
 
         def network(x: torch.Tensor) -> torch.Tensor:
-            with _compile_errors_named():
+            with compile_errors_named():
                 return self.net(x, sigma, cond, schedule, run=run, strip=strip)
 
         if base is None:
@@ -348,8 +331,13 @@ def with_prior(model, canvas: Canvas) -> Canvas:
     return computed_with_prior(canvas, model.model.infdit, model.load_device, dtype)
 
 
+def compiler_of(patcher: comfy.model_patcher.ModelPatcher) -> str | Callable | None:
+    """The backend that core's node TorchCompileModel asks for; None for no such node."""
+    return patcher.model_options.get(TORCH_COMPILE_KWARGS, {}).get("backend")
+
+
 @contextmanager
-def _compile_errors_named() -> Iterator[None]:
+def compile_errors_named() -> Iterator[None]:
     """Say of an error of the compiler what can be done."""
     try:
         yield
@@ -367,7 +355,9 @@ def _compile_errors_named() -> Iterator[None]:
         ) from error
 
 
-def _interruptible(report):
+def interruptible(report: Progress | None) -> Progress:
+    """A `Run`'s progress that ends the run where the user cancels."""
+
     def progress(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if report is not None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,15 +15,7 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from ...infdit_core.cli.jobs import (
-    CommandError,
-    Jobs,
-    check_jobs,
-    check_result,
-    make_folder,
-    plan_jobs,
-)
-from ...infdit_core.cli.sources import identity, search
+from ...infdit_core.cli.jobs import CommandError, check_jobs, check_result
 from ...infdit_core.errors import InfDiTError
 from ...infdit_core.memory.adaptive import is_out_of_memory
 from ...infdit_core.memory.host import require_memory
@@ -40,6 +31,16 @@ from ...infdit_core.sampling import AUTO, PRESETS, find_preset
 from ...infdit_core.upscale import upscale
 from ..common import CATEGORY, named_errors, require
 from .comfy_model import require_infdit
+from .folder_files import (
+    NAME,
+    file_states,
+    in_our_words,
+    plan_folder,
+    scratch_files,
+    shown,
+    source_folder,
+    target_folder,
+)
 from .folder_progress import FolderProgress
 from .inputs import (
     check_inputs,
@@ -48,12 +49,12 @@ from .inputs import (
     result_size,
     size_inputs,
 )
+from .managed_sampler import ManagedSampler, managed_sampler
 from .patches import warn_of_patches
 from .sampler import MAX_SEED, GuiderDraw, core_sampler
 
-_NAME = "Inf-DiT Upscale Folder"
-_PYRAMID = "tif pyramid"
-_FORMATS = ("png", "tif", "webp", "jpg", _PYRAMID)
+_TIFF, _PYRAMID = "tif", "tif pyramid"
+_FORMATS = ("png", _TIFF, "webp", "jpg", _PYRAMID)
 _SHOWN_IN_BROWSERS = ("png", "webp", "jpg")
 _MAX_SHOWN = 50
 
@@ -63,7 +64,7 @@ class InfDiTUpscaleFolder(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InfDiTUpscaleFolder",
-            display_name=_NAME,
+            display_name=NAME,
             category=CATEGORY,
             description="Upscales every picture of a folder and writes each as soon as it is done."
             " After a cancel or an error, queue again: what is there is left alone.",
@@ -151,6 +152,15 @@ class InfDiTUpscaleFolder(io.ComfyNode):
                     tooltip="Whether pictures of the folders within are read too. Their results"
                     " lie in such folders within the output folder.",
                 ),
+                io.Boolean.Input(
+                    "pictures_on_disk",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Pictures wait in files beside the results instead of in memory: for"
+                    " results larger than the RAM. A run that was cancelled or killed goes on from"
+                    " its last step. Needs format tif, and pictures without alpha.",
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -162,9 +172,9 @@ class InfDiTUpscaleFolder(io.ComfyNode):
     def validate_inputs(cls, folder: str | None) -> bool | str:
         # None: it comes from another node, and is looked up when that has run
         try:
-            return folder is None or bool(_source(folder))
+            return folder is None or bool(source_folder(folder))
         except InfDiTError as error:
-            return f"{_NAME}: {error}"
+            return f"{NAME}: {error}"
 
     @classmethod
     def fingerprint_inputs(
@@ -177,16 +187,17 @@ class InfDiTUpscaleFolder(io.ComfyNode):
     ) -> str:
         """Changes with the pictures, and with the results unless they are made anyway."""
         try:
-            source, target = _source(folder or ""), _target(output_folder.strip() or folder or "")
+            source = source_folder(folder or "")
+            target = target_folder(output_folder.strip() or folder or "")
         except InfDiTError:
             return ""
-        states = [_states(source, recursive, target)]
+        states = [file_states(source, recursive, target)]
         if not overwrite:
-            states.append(_states(target, recursive))
+            states.append(file_states(target, recursive))
         return repr(states)
 
     @classmethod
-    @named_errors(_NAME)
+    @named_errors(NAME)
     def execute(
         cls,
         model,
@@ -206,16 +217,22 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         width: int = 2048,
         height: int = 2048,
         recursive: bool = False,
+        pictures_on_disk: bool = False,
     ) -> io.NodeOutput:
+        if pictures_on_disk and format not in (_TIFF, _PYRAMID):
+            raise InfDiTError(
+                f"expected format {_TIFF} or {_PYRAMID} with pictures_on_disk, because others are"
+                f" written from memory; got {format}"
+            )
         if not 0 <= denoise <= 1:
             raise InfDiTError(f"expected denoise in 0..1; got {denoise}")
         require_infdit(model)
         warn_of_patches(model)
-        source = _source(require(folder, str, "expected folder from the list"))
-        target = _target(output_folder.strip() or folder)
+        source = source_folder(require(folder, str, "expected folder from the list"))
+        target = target_folder(output_folder.strip() or folder)
         depth = int(bit_depth)
-        pyramid, format = format == _PYRAMID, "tif" if format == _PYRAMID else format
-        jobs = _plan(source, target, format, overwrite, recursive)
+        pyramid, format = format == _PYRAMID, _TIFF if format == _PYRAMID else format
+        jobs = plan_folder(source, target, format, overwrite, recursive)
         check_writable(target / f"result.{format}", alpha=False, bit_depth=depth)
         check_inputs(model, torch.zeros(1, 1, 1, 3), None)  # whether it has the CLIP it needs
         hidden = cls.hidden
@@ -226,97 +243,57 @@ class InfDiTUpscaleFolder(io.ComfyNode):
         settings = {key: json.dumps(value) for key, value in texts.items()}
         chosen = find_preset(preset, model.model.infdit.metadata)
         sigmas = chosen.sigmas(denoise, model.model.infdit_config.sigma_max)
-        chosen = chosen._replace(steps=len(sigmas) - 1)
+        progress = FolderProgress(hidden.unique_id if hidden else None)
         asked = upscale_by, longest_edge, size_by, megapixels, (height, width)
 
-        @cache  # asked more than once for each picture, it says once that one would shrink
-        def sizes(source: tuple[int, int]) -> tuple[int, int]:
-            size = result_size(source, *asked)
-            require_memory(size, model.load_device)
-            return size
+        with scratch_files(target) if pictures_on_disk else nullcontext() as scratch:
+            if scratch is not None:
+                draw = managed_sampler(model, chosen, seed, denoise, scratch, progress)
+            else:
+                sampler, back = core_sampler(chosen.solver), chosen.consistency
+                draw = GuiderDraw(model, sampler, sigmas, seed, progress, back)
 
-        def make(path: Path, result: Path, progress: FolderProgress) -> None:
-            image, info = read_image(path)
-            progress.source(image)
-            size = sizes((image.shape[1], image.shape[2]))
-            info = check_result(result, image, size, depth, info)
-            sampler, back = core_sampler(chosen.solver), chosen.consistency
-            draw = GuiderDraw(model, sampler, sigmas, seed, progress, back)
-            vectors = check_inputs(model, image, None)
-            picture = upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix)
-            write_image(
-                result,
-                picture,
-                bit_depth=depth,
-                info=_with_texts(info, settings),
-                overwrite=overwrite,
-                pyramid=pyramid,
-            )
+            @cache  # asked more than once for each picture, it says once that one would shrink
+            def sizes(source: tuple[int, int]) -> tuple[int, int]:
+                size = result_size(source, *asked)
+                if isinstance(draw, ManagedSampler):
+                    draw.require_scratch([source, *pass_sizes(source, size)][-2], size)
+                else:
+                    require_memory(size, model.load_device)
+                return size
 
-        check_jobs(jobs, sizes, depth)
-        made = []
-        with FolderProgress(hidden.unique_id if hidden else None) as progress:
-            progress.start([_work(path, sizes) for path, _ in jobs.todo], chosen)
-            for n, (path, result) in enumerate(jobs.todo):
-                progress.picture(n, path.name)
-                with jobs.attempt(path), _memory_errors():
-                    make(path, result, progress)
-                    made.append(result)
-            progress.end(len(made), len(jobs.finished), len(jobs.failed))
+            def make(path: Path, result: Path) -> None:
+                image, info = read_image(path, scratch and scratch.empty)
+                progress.source(image)
+                size = sizes((image.shape[1], image.shape[2]))
+                info = check_result(result, image, size, depth, info)
+                vectors = check_inputs(model, image, None)
+                picture = upscale(image, size, draw, vectors=vectors, colour_fix=colour_fix)
+                write_image(
+                    result,
+                    picture,
+                    bit_depth=depth,
+                    info=_with_texts(info, settings),
+                    overwrite=overwrite,
+                    pyramid=pyramid,
+                )
+
+            check_jobs(jobs, sizes, depth, scratch=pictures_on_disk)
+            made = []
+            with progress:
+                work = [_work(path, sizes) for path, _ in jobs.todo]
+                progress.start(work, chosen._replace(steps=len(sigmas) - 1))
+                for n, (path, result) in enumerate(jobs.todo):
+                    progress.picture(n, path.name)
+                    with jobs.attempt(path), _memory_errors(), scratch or nullcontext():
+                        make(path, result)
+                        made.append(result)
+                progress.end(len(made), len(jobs.finished), len(jobs.failed))
         if jobs.failed:
-            first = _shown(next(iter(jobs.failed.values())))
-            written = f". Written to {_shown(target)}: {len(made)}" if made else ""
+            first = in_our_words(next(iter(jobs.failed.values())))
+            written = f". Written to {shown(target)}: {len(made)}" if made else ""
             raise CommandError(f"{jobs.summary()}. The first: {first}{written}")
         return io.NodeOutput(ui={"images": _images(made)})
-
-
-def _source(folder: str) -> Path:
-    """A folder below ComfyUI's input folder."""
-    path = _inside(folder_paths.get_input_directory(), folder, "input")
-    if not folder or not path.is_dir():
-        raise InfDiTError(f"expected a folder in ComfyUI's input folder; {folder!r} is not there")
-    return path
-
-
-def _target(folder: str) -> Path:
-    """A folder below ComfyUI's output folder, which need not be there."""
-    return _inside(folder_paths.get_output_directory(), folder, "output")
-
-
-def _inside(base: str, folder: str, name: str) -> Path:
-    path = os.path.abspath(os.path.join(base, folder))
-    if not folder_paths.is_within_directory(base, path):
-        raise InfDiTError(f"expected a folder in ComfyUI's {name} folder; got {folder!r}")
-    return Path(path)
-
-
-def _shown(path: Path | str) -> str:
-    """A path, or paths within a text, as they are seen from ComfyUI's folder."""
-    text = str(path)
-    for base, name in (
-        (folder_paths.get_input_directory(), "input"),
-        (folder_paths.get_output_directory(), "output"),
-    ):
-        text = text.replace(os.path.abspath(base), name)
-    return text
-
-
-def _plan(source: Path, target: Path, format: str, overwrite: bool, recursive: bool) -> Jobs:
-    try:
-        make_folder(target)
-        return plan_jobs([source], target, format, overwrite, recursive=recursive, tell=_warn)
-    except CommandError as error:
-        raise InfDiTError(_in_our_words(str(error))) from error
-
-
-def _warn(line: str) -> None:
-    logging.warning("%s: %s", _NAME, _in_our_words(line))
-
-
-def _in_our_words(text: str) -> str:
-    """What the command line says, with the node's folders and inputs."""
-    text = _shown(text).replace("--output or --overwrite", "output_folder or overwrite")
-    return text.replace("--output", "output_folder").replace("--recursive", "recursive")
 
 
 @contextmanager
@@ -328,23 +305,6 @@ def _memory_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise CommandError("out of memory") from error
-
-
-def _states(
-    folder: Path, recursive: bool, leave_out: Path | None = None
-) -> list[tuple[str, int, int]]:
-    """Path, size and time of every file of a folder; `leave_out` is a folder within."""
-    if not folder.is_dir():
-        return []
-    ignored = identity(leave_out) if leave_out and leave_out.is_dir() else None
-    found = search(folder, recursive, {ignored} if ignored else ())
-    states = []
-    for path in [*found.pictures, *found.others]:
-        with suppress(OSError):  # it is gone again
-            state = path.stat()
-            name = path.relative_to(folder).as_posix()
-            states.append((name, state.st_size, state.st_mtime_ns))
-    return states
 
 
 def _work(path: Path, sizes: Callable[[tuple[int, int]], tuple[int, int]]) -> int:

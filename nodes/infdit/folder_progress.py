@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import comfy.model_management
@@ -43,7 +44,8 @@ class FolderProgress:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._n, self._name, self._evaluations = n, name, max(1, self._preset.evaluations)
         self._share, self._evaluated = float(sum(self._work[:n])), 0
-        self._canvas: Canvas | None = None
+        self._canvas: Callable[[], Canvas | None] = lambda: None  # not kept: it holds pictures
+        self._pixels = 0
         self._passed = 0.0
         self._bar.update_absolute(self._share)
         self._text.tell(self._line())
@@ -54,25 +56,25 @@ class FolderProgress:
 
     def begin(self, canvas: Canvas) -> None:
         """Called before every pass of a picture."""
-        if self._canvas is not None:
-            self._passed += self._canvas.height * self._canvas.width
-        self._canvas, self._evaluated = canvas, 0
+        self._passed += self._pixels
+        self._canvas, self._pixels = weakref.ref(canvas), canvas.height * canvas.width
+        self._evaluated = 0
 
     def cells(self, done: int, total: int) -> None:
         """Called after every chunk of every layer of an evaluation."""
         part = min(1.0, (self._evaluated + done / total) / self._evaluations)
         self._evaluated += done == total
-        if self._canvas is not None:
-            pixels = self._passed + part * self._canvas.height * self._canvas.width
-            before, work = sum(self._work[: self._n]), self._work[self._n]
-            self._share = max(self._share, before + min(pixels, work))
+        pixels = self._passed + part * self._pixels
+        before, work = sum(self._work[: self._n]), self._work[self._n]
+        self._share = max(self._share, before + min(pixels, work))
         self._bar.update_absolute(self._share)
         if self._text.due:
             self._text.tell(self._line())
 
     def step(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
         """The sampler's callback: shows the denoised picture."""
-        picture = self._canvas.crop(denoised) if self._canvas else denoised
+        canvas = self._canvas()
+        picture = denoised if canvas is None else canvas.crop(denoised)
         self._bar.update_absolute(self._bar.current, None, preview(picture))
 
     def end(self, made: int, there: int, failed: int) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import comfy.model_sampling
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ...infdit_core.errors import InfDiTError
+from .several_gpus import strips_for_clones
 
 _FAIL = {
     "SelfAttentionGuidance": "Self-Attention Guidance",
@@ -67,6 +69,34 @@ def check_patches(patcher: Any) -> list[str]:
         for found in patches.get(kind, {}).values():
             idle |= set(_owners(found))
     return sorted(idle)
+
+
+def require_own_solver(patcher: Any) -> None:
+    """Refuse what takes effect in ComfyUI's samplers, where they draw nothing.
+
+    Raises:
+        InfDiTError: names it.
+    """
+    options = patcher.model_options
+    wrong = {name for key in _GUIDANCE for name in _owners(options.get(key))} & _WORK
+    for wrappers in (patcher.wrappers, options.get("transformer_options", {}).get("wrappers", {})):
+        for kind, by_key in wrappers.items():
+            if kind != WrappersMP.DIFFUSION_MODEL:
+                found = [each for key, each in by_key.items() if key != COMPILE_KEY]
+                wrong |= set(_owners(found))
+    wrong -= set(_owners(strips_for_clones))
+    if options.get("multigpu_clones"):
+        wrong.add("MultiGPU Work Units")
+    if "model_sampling" in patcher.object_patches:
+        wrong.add("ModelSampling")
+    if patcher.injections:
+        wrong.add("a LoRA in bypass mode")
+    if wrong:
+        raise InfDiTError(
+            "expected a model as Load Inf-DiT Checkpoint or Inf-DiT Schedule gives it, or with LoRA"
+            f" on it; got one with {' and '.join(sorted(wrong))} on it. With pictures on disk"
+            " ComfyUI's samplers, which that works in, are not used"
+        )
 
 
 def warn_of_patches(patcher: Any) -> list[str]:

@@ -17,15 +17,24 @@ from ...infdit_core.blocks.host_buffer import HostBuffer, Unpin
 from ...infdit_core.blocks.schedules import Schedule
 from ...infdit_core.memory.adaptive import Adaptive, is_out_of_memory
 from ...infdit_core.memory.host import waiting_bytes
-from ...infdit_core.memory.planner import Plan, Workload, check_host, plans, small_plan
+from ...infdit_core.memory.planner import (
+    Plan,
+    Workload,
+    check_host,
+    lean_plan,
+    plans,
+    small_plan,
+)
 from ...infdit_core.network.model import InfDiT
 from ...infdit_core.network.residual_cache import ResidualCache
 from ...infdit_core.network.run import Run
 from ...infdit_core.pictures.prepare import Wrap
 
-GPU_SHARE = 0.9
+_GPU_SHARE = 0.9
 """Of what is free on a GPU that a run may take: where the driver may use RAM in place of what is
 missing, taking all would be slow and not fail."""
+_FAST_COST = 1.1
+"""A plan is fast if it takes at most this much more time than the fastest."""
 _PICTURES_TO_COME = 4
 """Of the solver, float32, that may not be there yet at the first evaluation."""
 
@@ -35,6 +44,32 @@ def workload(net: InfDiT, shape, dtype, device) -> Workload:
     batch, _, height, width = shape
     kind = torch.device(device).type
     return Workload(net.config, height, width, dtype, batch, kind, weights=False, pictures=0)
+
+
+def wanted_bytes(work: Workload, weights: int, device: torch.device) -> int:
+    """Bytes that sampling should find free: those of the leanest schedule that is fast.
+
+    Of a leaner one where the GPU has less beside the weights: ComfyUI would keep none there.
+
+    Args:
+        weights: bytes of the model.
+    """
+    management = comfy.model_management
+    if work.device == "cpu":
+        small = small_plan(work, management.get_free_memory(device))
+        if small is not None:
+            return small.peak_bytes
+    ram = waiting_bytes()
+    found = [p for p in plans(work) if p.host_bytes <= ram]
+    leanest = min(found, key=lambda p: p.peak_bytes)
+    fast = [p for p in found if p.cost <= _FAST_COST] or [leanest]
+    wanted = min(fast, key=lambda p: p.peak_bytes)
+    if work.device != "cpu":
+        room = _GPU_SHARE * management.get_total_memory(device)
+        room -= 1.1 * weights + management.extra_reserved_memory()  # as core reckons
+        if wanted.peak_bytes > room:
+            wanted = next((p for p in found if p.peak_bytes <= room), leanest)
+    return wanted.peak_bytes
 
 
 class PlannedRun(Run):
@@ -61,17 +96,21 @@ class PlannedRun(Run):
             work = replace(work, residual=self.cache is not None)
             if strip is not None:
                 work = replace(work, strip_of_columns=strip.grid.by_columns)
-            free = memory_bytes or self._budget(x)
-            self.adaptive = Adaptive(
-                lambda: self._plans(work),
-                free,
-                comfy.model_management.soft_empty_cache,
-                ran_out_of_memory,
-                small_plan(work, free),
-                waiting_bytes(),
-            )
-            logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, self.adaptive.plan)
+            self.adaptive = self.planned(work, x.device, memory_bytes)
         return self.adaptive
+
+    def planned(self, work: Workload, device: torch.device, memory_bytes: float | None) -> Adaptive:
+        """The fastest schedule that fits; with pictures in files the leanest that is fast."""
+        free, ram = memory_bytes or self._budget(work, device), waiting_bytes()
+        if work.scratch:
+            found = self._plans(work)
+            first = lean_plan(found, free, ram)
+        else:
+            found, first = partial(self._plans, work), small_plan(work, free)
+        empty_cache = comfy.model_management.soft_empty_cache
+        adaptive = Adaptive(found, free, empty_cache, ran_out_of_memory, first, ram)
+        logging.info("Inf-DiT: %d×%d px, %s", work.width, work.height, adaptive.plan)
+        return adaptive
 
     def _plans(self, work: Workload) -> list[Plan]:
         """The fastest first; those by layers first where the weights come when they are used.
@@ -85,14 +124,14 @@ class PlannedRun(Run):
             found.sort(key=lambda p: p.schedule.residency(work.grid, layers).turn > 0)
         return found
 
-    def _budget(self, x: torch.Tensor) -> float:
-        """Bytes that an evaluation of x (B, 3, H, W) may take on its device."""
-        free = (self.patcher or comfy.model_management).get_free_memory(x.device)
-        if x.device.type == "cpu":
+    def _budget(self, work: Workload, device: torch.device) -> float:
+        """Bytes that an evaluation may take on its device."""
+        free = (self.patcher or comfy.model_management).get_free_memory(device)
+        if device.type == "cpu":
             return free
         if self.patcher is not None and self.patcher.is_dynamic():
             free -= self.patcher.model_size()  # weights that may go count as free, ours among them
-        return GPU_SHARE * free - _PICTURES_TO_COME * x.numel() * 4
+        return _GPU_SHARE * free - replace(work, pictures=_PICTURES_TO_COME).picture_bytes
 
     def check(self, net: InfDiT, x: torch.Tensor, schedule: Schedule) -> None:
         """Refuse a schedule that the user chose, at first, where the RAM is too small for it."""

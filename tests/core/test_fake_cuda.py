@@ -24,6 +24,7 @@ from infdit_core.memory.planner import Plan
 from infdit_core.network.config import InfDiTConfig
 from infdit_core.network.model import InfDiT
 from infdit_core.network.residual_cache import ResidualCache
+from infdit_core.network.run import Run
 from infdit_core.pictures.colour_fix import COLOUR_FIXES, fix_colours
 from infdit_core.pictures.prepare import prepare
 from infdit_core.scratch import in_memory
@@ -161,8 +162,7 @@ def sampling_run(
                     solver="euler",
                     schedule=schedule,
                     retry=retry,
-                    progress=progress,
-                    cache=ResidualCache(cache) if cache else None,
+                    run=Run(progress, ResidualCache(cache) if cache else None),
                     empty=(lambda shape, device: torch.empty(shape)) if files else in_memory,
                 )
             except KeyboardInterrupt:

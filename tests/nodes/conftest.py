@@ -1,9 +1,23 @@
 """What the tests of the nodes share."""
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from tests.nodes.photos import SIZES, put
+
+
+@pytest.fixture
+def folders(comfy, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """ComfyUI's input and output folder, with pictures in input/photos."""
+    folder_paths = importlib.import_module("folder_paths")
+    for name in ("input", "output"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+    put(tmp_path / "input" / "photos", SIZES)
+    return tmp_path / "input", tmp_path / "output"
 
 
 @pytest.fixture

@@ -13,30 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.nodes.photos import SIZES, put
 from tools.comfy_server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.comfy
-
-SIZES = {"a.png": (12, 10), "b.jpg": (9, 14), "c.webp": (16, 16)}
-
-
-def put(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
-    for name, (width, height) in sizes.items():
-        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-
-
-@pytest.fixture
-def folders(comfy, tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """ComfyUI's input and output folder, with pictures in input/photos."""
-    folder_paths = importlib.import_module("folder_paths")
-    for name in ("input", "output"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
-    put(tmp_path / "input" / "photos", SIZES)
-    return tmp_path / "input", tmp_path / "output"
 
 
 @pytest.fixture

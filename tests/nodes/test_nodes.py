@@ -217,9 +217,12 @@ def test_a_run_takes_what_the_patcher_gives_without_its_weights_and_a_reserve(co
     )
     run = comfy.module("nodes.infdit.runs").PlannedRun()
     run.patcher = patcher
-    x = torch.empty(1, 3, 1024, 1024, device="meta")
-    expected = 0.9 * (8e9 - 1.5e9 * dynamic) - 4 * 3 * 1024**2 * 4
-    assert run._budget(x) == pytest.approx(expected)
+    given = 0.9 * (8e9 - 1.5e9 * dynamic)
+    for scratch, reserve in ((False, 4 * 3 * 1024**2 * 4), (True, 0)):
+        work = comfy.module("infdit_core.memory.planner").Workload(
+            TINY, 1024, 1024, torch.float32, pictures=0, scratch=scratch
+        )
+        assert run._budget(work, torch.device("meta")) == pytest.approx(given - reserve)
 
 
 @pytest.mark.parametrize(("loaded", "by_layers"), [(1.5e9, False), (1.4e9, True)])

@@ -84,7 +84,7 @@ def test_sampling_takes_what_is_predicted(schedule, residual):
     with LiveBytes() as live:
         noise, cond = random_condition(model, 6, 6)
         cache = ResidualCache(1) if residual else None
-        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule, cache=cache)
+        sample(model, cond, edm_sigmas(2), noise=noise, schedule=schedule, run=Run(cache=cache))
     side = 6 * model.config.block_px
     work = Workload(model.config, side, side, torch.float32, weights=False, residual=residual)
     predicted = peak_bytes(work, schedule)
@@ -223,9 +223,7 @@ def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2e9)
     weight = SimpleNamespace(device=torch.device("cuda", 0), nbytes=1e9)
-    net = SimpleNamespace(
-        final=SimpleNamespace(linear=SimpleNamespace(weight=weight)), parameters=lambda: [weight]
-    )
+    net = SimpleNamespace(device=weight.device, parameters=lambda: [weight])
     assert memory_budget(cast("InfDiT", net)) == pytest.approx(0.9 * 5e9 + 1e9)
 
 

@@ -54,7 +54,7 @@ def test_heun_reuses_every_evaluation_at_a_level_that_was_evaluated_before(model
     noise, cond = random_condition(model, 2, 2)
     cache = ResidualCache(1)
     expected = sample(model, cond, edm_sigmas(6), noise=noise)
-    result = sample(model, cond, edm_sigmas(6), noise=noise, cache=cache)
+    result = sample(model, cond, edm_sigmas(6), noise=noise, run=Run(cache=cache))
     assert cache.reused == 5
     assert 0 < (result - expected).abs().max() < 0.5
 
@@ -63,7 +63,7 @@ def test_one_evaluation_a_step_reuses_within_the_tolerance(model):
     noise, cond = random_condition(model, 1, 2)
     for tolerance, reused in ((0.0, 0), (10.0, 7)):
         cache = ResidualCache(1, tolerance)
-        sample(model, cond, edm_sigmas(8), noise=noise, solver="euler", cache=cache)
+        sample(model, cond, edm_sigmas(8), noise=noise, solver="euler", run=Run(cache=cache))
         assert cache.reused == reused
 
 

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from infdit_core.pictures.files import READABLE, ImageError, read_image, write_image
+from infdit_core.pictures.files import (
+    READABLE,
+    ImageError,
+    has_alpha,
+    read_image,
+    write_image,
+)
 from tests.core.pictures.made import drawn, exif, ink_profile, upright
 
 RNG = np.random.default_rng(0)
@@ -195,3 +201,31 @@ def test_the_reason_is_the_pixel_format_where_it_is(tmp_path):
     (tmp_path / "a.jpg").write_bytes(os.urandom(100))
     with pytest.raises(ImageError, match="expected a picture as JPEG, WEBP, TIFF"):
         read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options", "expected"),
+    [
+        ("a.png", "RGBA", {}, True),
+        ("a.png", "LA", {}, True),
+        ("a.png", "L", {"transparency": 3}, True),
+        ("a.png", "P", {"transparency": 3}, True),
+        ("a.png", "P", {}, False),
+        ("a.tif", "RGBA", {}, True),
+        ("a.tif", "LA", {}, True),
+        ("a.tif", "CMYK", {}, False),
+        ("a.tif", "L", {}, False),
+        ("a.jpg", "CMYK", {}, False),
+        ("a.gif", "P", {"transparency": 3}, True),
+        ("a.gif", "P", {}, False),
+        ("a.webp", "RGBA", {"lossless": True}, True),
+        ("a.avif", "RGBA", {}, True),
+        ("a.avif", "RGB", {}, False),
+    ],
+)
+def test_a_file_s_head_says_whether_it_is_read_with_alpha(tmp_path, name, mode, options, expected):
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = RNG.integers(0, 9, (16, 16, channels)).astype(np.uint8).squeeze()
+    Image.frombytes(mode, (16, 16), pixels.tobytes()).save(tmp_path / name, **options)
+    assert has_alpha(tmp_path / name) is expected
+    assert (read_image(tmp_path / name)[0].shape[-1] == 4) is expected
