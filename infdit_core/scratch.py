@@ -70,14 +70,9 @@ class Scratch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.forget()
-        self._states.clear()
-
-    def forget(self) -> None:
-        """Remove what the runs so far left for others to go on: their results are in safety."""
-        for state in self._states:
-            state.remove()
+        if kind is None:  # the result is in safety
+            for state in self._states:
+                state.remove()
         self._states.clear()
 
     def state(self, about: Mapping[str, Any]) -> State:

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -106,7 +107,7 @@ def _upscale_all(jobs: Jobs, args: argparse.Namespace) -> None:
     for source, target in jobs.todo:
         if args.ranks and str(target) in args.ranks.done:
             continue
-        with jobs.attempt(source):
+        with jobs.attempt(source), args.scratch or nullcontext():
             started = time.monotonic()
             job = ready or read_picture(source, target, result_size, args)
             upscaler.make(job, source, target)
@@ -180,8 +181,6 @@ class Upscaler:
             overwrite=self.args.overwrite,
             pyramid=self.args.pyramid,
         )
-        if self.args.scratch is not None:
-            self.args.scratch.forget()
         if self.args.ranks:
             self.args.ranks.finish(target)
 

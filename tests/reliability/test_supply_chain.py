@@ -15,8 +15,8 @@ from tests.goldens import TINY, random_tensors
 ROOT = Path(__file__).resolve().parents[2]
 
 STANDARD = {
-    "__future__", "abc", "argparse", "codecs", "collections", "concurrent", "contextlib", "contextvars", "copy",
-    "dataclasses", "queue", "signal", "threading",
+    "__future__", "abc", "argparse", "codecs", "collections", "concurrent", "contextlib", "copy",
+    "contextvars", "dataclasses", "queue", "signal", "threading",
     "enum", "errno", "functools", "glob", "hashlib", "importlib", "inspect", "io", "itertools",
     "json", "logging", "math", "mmap", "os", "pathlib", "pickletools", "platform", "re", "secrets",
     "shutil", "struct", "sys", "tempfile", "time", "traceback", "types", "typing", "weakref", "xml",
