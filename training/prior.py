@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from infdit_core.network.config import LR_SCALE
 from infdit_core.network.prior import Prior, interpolate
+from infdit_core.pictures.prepare import nearer
 from training.data import Photos, reduce_bicubic
 from training.degrade_batch import reduce_realistic_batch
 from training.initial import initialise_prior
@@ -45,18 +46,6 @@ def enlarged(prior: nn.Module, lr: Tensor) -> Tensor:
     """P in float32: (B, 3, h, w) -> (B, 3, 4h, 4w)."""
     correction = prior(lr.contiguous(memory_format=torch.channels_last))
     return interpolate(lr) + correction.float()
-
-
-def nearer(picture: Tensor, lr: Tensor, times: int) -> Tensor:
-    """Back-projections of (B, 3, 4h, 4w) towards (B, 3, h, w), as in `Canvas.consistent`."""
-    for _ in range(times):
-        missing = lr - F.interpolate(
-            picture, scale_factor=1 / LR_SCALE, mode="bicubic", antialias=True
-        )
-        picture = picture + F.interpolate(
-            missing, scale_factor=LR_SCALE, mode="bicubic", antialias=True
-        )
-    return picture
 
 
 def charbonnier(error: Tensor, epsilon: float = 1e-3) -> Tensor:
@@ -146,7 +135,9 @@ def main() -> None:
 
     def report() -> None:
         with torch.no_grad():
-            ours = nearer(enlarged(average, lr), lr, args.consistency)
+            ours = enlarged(average, lr)
+            for _ in range(args.consistency):
+                ours = nearer(ours, lr)
             unlike = gradient_similarity(ours, original).flatten(1).std(dim=1).mean().item()
         better = gain(ours, lr, original)
         logger.info(
@@ -169,7 +160,9 @@ def main() -> None:
             crops = crops[:, numpy.permutation(3)]
         real = numpy.random() < args.real
         reduced = reduce_realistic_batch(crops, numpy, group=4) if real else reduce_bicubic(crops)
-        ours = nearer(enlarged(prior, reduced), reduced, args.consistency)
+        ours = enlarged(prior, reduced)
+        for _ in range(args.consistency):
+            ours = nearer(ours, reduced)
         error = ours - crops
         loss = charbonnier(error) if part < args.l1 else 10 * error.square().mean()
         if args.edges:

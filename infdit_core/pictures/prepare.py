@@ -124,9 +124,7 @@ class Canvas:
     def _nearer(self, x: Tensor, empty: Empty) -> Tensor:
         lr = self.lr.to(x)
         if is_whole(x):
-            quarter = (1 / LR_SCALE, 1 / LR_SCALE)
-            missing = lr - resize(x, quarter, tuple(lr.shape[-2:]))
-            return x + resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
+            return nearer(x, lr)
         missing, result = empty(lr.shape, x.device), empty(x.shape, x.device)
         for rows, reduced in resized(*axes(x, lr), lambda rows: x[..., rows, :]):
             missing[..., rows, :] = lr[..., rows, :] - reduced
@@ -168,6 +166,12 @@ class Canvas:
             if self.alpha is not None:
                 image[:, rows, :, 3:] = self.alpha[:, rows]
         return image
+
+
+def nearer(x: Tensor, lr: Tensor) -> Tensor:
+    """A whole (B, 3, 4h, 4w) that, reduced again, comes nearer to lr (B, 3, h, w): one step."""
+    missing = lr - resize(x, (1 / LR_SCALE, 1 / LR_SCALE), tuple(lr.shape[-2:]))
+    return x + resize(missing, (LR_SCALE, LR_SCALE), tuple(x.shape[-2:]))
 
 
 def is_whole(picture: Tensor) -> bool:

@@ -15,7 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from infdit_core import InfDiTError, Sampler, bands, load_model, sampling, upscale
+from infdit_core.__main__ import main
 from infdit_core.checkpoints.load import BUNDLED_FOLDER
+from infdit_core.cli import commands
 from infdit_core.memory.live_bytes import LiveBytes
 from infdit_core.memory.planner import Workload, evaluation_bytes
 from infdit_core.pictures import prepare
@@ -278,4 +280,25 @@ def test_the_command_goes_on_after_a_kill(bundled, tmp_path: Path):
     write_image(tmp_path / "b.png", expected)
     (a, _), (b, _) = read_image(tmp_path / "a.png"), read_image(tmp_path / "b.png")
     assert torch.equal(a, b)
+    assert list(scratch.iterdir()) == []
+
+
+def test_what_a_failed_picture_left_stays_while_others_succeed(tmp_path, monkeypatch):
+    def write(path, *args, **kwargs):
+        if path.stem == "a":
+            raise InfDiTError("cannot be written")
+        write_image(path, *args, **kwargs)
+
+    monkeypatch.setattr(commands, "write_image", write)
+    pictures, results, scratch = (tmp_path / name for name in ("in", "out", "scratch"))
+    pictures.mkdir()
+    for n, name in enumerate("abc"):
+        write_image(pictures / f"{name}.png", IMAGE.roll(n, 1))
+    command = ["upscale", str(pictures), "-o", str(results), "--scratch", str(scratch)]
+    assert main([*command, "--device", "cpu"]) == 1
+    assert {path.name for path in results.iterdir()} == {"b.png", "c.png"}
+    (left,) = scratch.iterdir()
+    assert left.suffix == ".infdit-state"
+    monkeypatch.undo()
+    assert main([*command, "--device", "cpu"]) == 0
     assert list(scratch.iterdir()) == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.nodes.photos import SIZES, put
+from tests.nodes.photos import SIZES, folder_graph, put
 from tools.comfy_server import ComfyError, ComfyServer
 
 pytestmark = pytest.mark.comfy
@@ -225,20 +225,7 @@ def test_what_cannot_work_is_refused_before_any_work(comfy, folders, run, inputs
 
 def test_after_a_cancel_it_goes_on_and_the_workflow_is_in_the_files(comfy_server: ComfyServer):
     put(comfy_server.input_dir / "many", {f"{n}.png": (64, 48) for n in range(4)})
-    graph = {
-        "load": {
-            "class_type": "InfDiTCheckpointLoader",
-            "inputs": {"model_name": "infdit_small.safetensors", "weight_dtype": "default"},
-        },
-        "folder": {
-            "class_type": "InfDiTUpscaleFolder",
-            "inputs": {
-                "model": ["load", 0], "folder": "many", "upscale_by": 4.0, "seed": 0,
-                "preset": "draft", "denoise": 1.0, "output_folder": "", "format": "png",
-                "bit_depth": "8", "overwrite": False,
-            },
-        },
-    }  # fmt: skip
+    graph = folder_graph("many", "png")
     first, last = (comfy_server.output_dir / "many" / f"{n}.png" for n in (0, 3))
     queued = comfy_server.queue(graph)
     for _ in range(600):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from infdit_core.__main__ import main
 from infdit_core.pictures.files import read_image
-from tests.nodes.photos import put
+from tests.nodes.photos import folder_graph, put
 from tools.comfy_server import running_server
 
 pytestmark = pytest.mark.comfy
@@ -136,20 +136,7 @@ def test_out_of_memory_goes_to_less(comfy, folders, run, monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_after_a_kill_another_server_goes_on(comfy_source: Path, tmp_path: Path):
-    graph = {
-        "load": {
-            "class_type": "InfDiTCheckpointLoader",
-            "inputs": {"model_name": "infdit_small.safetensors", "weight_dtype": "default"},
-        },
-        "folder": {
-            "class_type": "InfDiTUpscaleFolder",
-            "inputs": {
-                "model": ["load", 0], "folder": "photos", "upscale_by": 4.0, "seed": 0,
-                "preset": "draft", "denoise": 1.0, "output_folder": "", "format": "tif",
-                "bit_depth": "8", "overwrite": False, "pictures_on_disk": True,
-            },
-        },
-    }  # fmt: skip
+    graph = folder_graph("photos", "tif", pictures_on_disk=True)
     put(tmp_path / "input" / "photos", {"a.png": (96, 80)})
     target, server = tmp_path / "output" / "photos", (Path(sys.executable), comfy_source, tmp_path)
     with running_server(*server, arguments=["--cpu"]) as first:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from infdit_core import load_model, sample
 from infdit_core.edm import RESIDUAL_MAX
@@ -94,6 +94,39 @@ def test_an_exported_file_has_the_other_prior_and_loads(tmp_path):
     torch.testing.assert_close(
         found.state_dict()["prior.head.weight"].float(), expected, atol=0, rtol=0.01
     )
+
+
+def test_a_prior_is_trained_in_every_way_and_gone_on_from(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for split, side in (("train", 96), ("test", prior.TEST_PX)):
+        (tmp_path / split).mkdir()
+        pixels = generator.integers(256, size=(side, side, 3), dtype=np.uint8)
+        np.save(tmp_path / split / "noise.npy", pixels)
+
+    def train(out, *words):
+        sizes = [
+            "--width",
+            "4",
+            "--depth",
+            "1",
+            "--crop",
+            "32",
+            "--batch",
+            "2",
+            "--minutes",
+            "0.01",
+        ]
+        command = ["prior", tmp_path, tmp_path / out, *sizes, "--device", "cpu", *words]
+        monkeypatch.setattr("sys.argv", [str(word) for word in command])
+        prior.main()
+        return load_file(tmp_path / out)
+
+    first = train("a", "--real", "0.5")
+    ways = "--edges 0.1 --borders 1 --consistency 1 --colours --shrunk 0.5 --decay 0.1 --l1 1"
+    second = train("b", "--start", tmp_path / "a", tmp_path / "a", *ways.split())
+    for name, weight in second.items():
+        assert weight.isfinite().all()
+        assert name.endswith("bias") or not torch.equal(weight, first[name])
 
 
 def test_the_distance_of_features_is_0_for_the_same_and_grows(lite0_file):

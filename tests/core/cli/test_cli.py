@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from infdit_core import edm_sigmas, load_model, prepare, sample
 from infdit_core.__main__ import main
-from infdit_core.cli import commands
 from infdit_core.clip import ClipGuide
-from infdit_core.errors import InfDiTError
 from infdit_core.pictures.colour_fix import fix_colours
 from infdit_core.pictures.files import read_image
 from tests.goldens import golden, golden_path
@@ -141,30 +139,6 @@ def test_folders_and_alpha(models, tmp_path):
         "clear.png": ("RGBA", (20, 16)),
         "grey.png": ("RGB", (12, 24)),
     }
-
-
-def test_what_a_failed_picture_left_in_scratch_stays_while_others_succeed(
-    models, picture, tmp_path, monkeypatch
-):
-    scratch, write = tmp_path / "scratch", commands.write_image
-
-    def full(path, *args, **kwargs):
-        if path.stem == "a":
-            raise InfDiTError("cannot be written")
-        write(path, *args, **kwargs)
-
-    monkeypatch.setattr(commands, "write_image", full)
-    (tmp_path / "in").mkdir()
-    for name in "abc":
-        Image.open(picture).rotate(90 * ord(name)).save(tmp_path / "in" / f"{name}.png")
-    given = tmp_path / "in", "-o", tmp_path / "out", "--model", models["none"]
-    assert upscale(*given, "--scratch", scratch) == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"b.png", "c.png"}
-    (left,) = scratch.iterdir()
-    assert left.suffix == ".infdit-state"
-    monkeypatch.undo()
-    assert upscale(*given, "--scratch", scratch) == 0
-    assert list(scratch.iterdir()) == []
 
 
 def test_clip_from_the_model_file_and_from_another(models, picture, tmp_path):
