@@ -356,7 +356,7 @@ def upscale(
         mask = check_mask(mask, len(image), size)
     passes, empty = pass_sizes(source_size, size), in_memory
     if isinstance(draw, Sampler) and draw.scratch is not None:
-        check_scratch(image, start, wrap, mask)
+        check_scratch(image.shape[-1] == 4, len(image), start, wrap, mask)
         draw.require_scratch([source_size, *passes][-2], size)
         empty = draw.empty
     else:
@@ -393,7 +393,11 @@ def upscale(
 
 
 def check_scratch(
-    image: Tensor, start: Tensor | None = None, wrap: str = "none", mask: Tensor | None = None
+    alpha: bool,
+    pictures: int = 1,
+    start: Tensor | None = None,
+    wrap: str = "none",
+    mask: Tensor | None = None,
 ) -> None:
     """Refuse what is not made in bands, with pictures in scratch files.
 
@@ -401,8 +405,8 @@ def check_scratch(
         PlanError: says what.
     """
     refused = {
-        f"{len(image)} pictures at a time": len(image) > 1,
-        "alpha": image.shape[-1] == 4,
+        f"{pictures} pictures at a time": pictures > 1,
+        "alpha": alpha,
         "a picture to start from": start is not None,
         f"wrap {wrap}": wrap != "none",
         "a mask": mask is not None,

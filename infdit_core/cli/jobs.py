@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-import torch
 from torch import Tensor
 
 from ..errors import InfDiTError
@@ -171,8 +170,7 @@ def check_jobs(
                 read_image(source)  # it knows why
             else:
                 if scratch:
-                    channels = 4 if has_alpha(source) else 3
-                    check_scratch(torch.empty((1, *size, channels), device="meta"))
+                    check_scratch(has_alpha(source))
                 size = result_size(size)
             check_writable(target, alpha=False, bit_depth=bit_depth, size=size)
             jobs.todo.append((source, target))
